@@ -1,0 +1,161 @@
+"""Reading and checking catalogues. Out comes one QTable with the project's column names, a row per cluster."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from astropy.table import QTable, Table
+from astropy.units import Quantity, UnitConversionError
+
+from pix2mass.cosmology import H0_KM_S_MPC, MASS_DEFINITION, OMEGA_M
+from pix2mass.types import Pix2massError
+
+_REQUIRED = ("id", "ra_deg", "dec_deg")
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "ra_deg": (0.0, 360.0, "degrees, 0 to 360"),
+    "dec_deg": (-90.0, 90.0, "degrees, -90 to 90"),
+    "z": (1e-4, 3.0, "redshift, above 0 and below 3"),
+    "log10_m500c": (12.0, 16.5, "log10 of M500c in solar masses, 12 to 16.5"),
+    "log10_m500c_err": (0.0, 3.0, "dex, 0 to 3"),
+    "richness": (0.0, 1000.0, "redMaPPer lambda, 0 to 1000"),
+    "richness_err": (0.0, 1000.0, "0 to 1000"),
+}
+_TEXT = ("label_source", "group")
+_MAY_BE_MISSING = ("z", "log10_m500c", "log10_m500c_err", "richness", "richness_err")
+_SHOWN = 20
+
+
+def read_catalog(path: str | Path, columns: Mapping[str, str] | None = None, need: tuple[str, ...] = ()) -> QTable:
+    """Read a catalogue from CSV, ECSV or FITS.
+
+    Args:
+        path: the file; the kind is told by its ending (.csv, .csv.gz, .ecsv, .fits).
+        columns: our name -> the file's name, e.g. ``{"ra_deg": "RA"}``, for columns named otherwise.
+        need: columns that must have a value in every row, beside id, ra_deg and dec_deg, e.g. ``("z",)``.
+
+    Returns:
+        QTable with id, ra_deg, dec_deg, z, log10_m500c, log10_m500c_err, label_source, richness, richness_err, and all
+        other columns of the file. Values that the file lacks are NaN, or "" for text. Metadata state the mass
+        definition and the cosmology.
+
+    Raises:
+        Pix2massError: lists every missing column and impossible value at once, with row numbers counted from 1.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise Pix2massError(f"{path}: no such file; expected a catalogue in CSV, ECSV or FITS")
+    name = path.name.lower().removesuffix(".gz")
+    kinds = {".csv": "ascii.csv", ".ecsv": "ascii.ecsv", ".fits": "fits", ".fit": "fits"}
+    kind = kinds.get(Path(name).suffix)
+    if kind is None:
+        raise Pix2massError(f"{path}: unknown kind of file; expected one ending in .csv, .ecsv or .fits")
+    try:
+        table = Table.read(path, format=kind)
+    except Exception as error:  # noqa: BLE001  each reader has errors of its own
+        raise Pix2massError(f"{path}: could not be read as {kind.removeprefix('ascii.').upper()}: {error}") from error
+    for ours, theirs in (columns or {}).items():
+        if theirs not in table.colnames:
+            raise Pix2massError(f"{path}: --columns {ours}={theirs}: {_unknown_column(theirs, table.colnames)}")
+        if ours != theirs:
+            if ours in table.colnames:
+                table.remove_column(ours)
+            table.rename_column(theirs, ours)
+    return check_catalog(table, str(path), need)
+
+
+def check_catalog(table: Table, where: str, need: tuple[str, ...] = ()) -> QTable:
+    """Bring a table to the project's columns and types, or say all that is wrong with it.
+
+    Args:
+        table: at least id, ra_deg and dec_deg.
+        where: what to call the table in errors.
+        need: further columns that must have a value in every row.
+
+    Returns:
+        A new QTable, as :func:`read_catalog` describes.
+
+    Raises:
+        Pix2massError: lists every missing column and impossible value at once.
+    """
+    problems = [
+        f"column {name!r} is missing: {_unknown_column(name, table.colnames)}; map it with --columns {name}=THEIR_NAME"
+        for name in dict.fromkeys((*_REQUIRED, *need))
+        if name not in table.colnames
+    ]
+    if problems:
+        raise Pix2massError(f"{where}:\n  " + "\n  ".join(problems))
+    if len(table) == 0:
+        raise Pix2massError(f"{where}: the catalogue has no rows")
+
+    out = QTable(meta=dict(table.meta))
+    out.meta.setdefault("mass_definition", MASS_DEFINITION)
+    out.meta.setdefault("cosmology", {"H0_km_s_Mpc": H0_KM_S_MPC, "Om0": OMEGA_M, "flat": True})
+    ids = [str(value).strip() for value in table["id"]]
+    out["id"] = ids
+    first: dict[str, int] = {}
+    for row, cluster_id in enumerate(ids, start=1):
+        if not cluster_id or cluster_id == "--":
+            problems.append(f"row {row}: id is empty")
+        elif cluster_id in first:
+            problems.append(
+                f"row {row}: id {cluster_id!r} is the same as in row {first[cluster_id]}; ids must be unique"
+            )
+        else:
+            first[cluster_id] = row
+    for name, (low, high, meaning) in _RANGES.items():
+        if name not in table.colnames:
+            out[name] = np.full(len(table), np.nan)
+            continue
+        values = _floats(table, name, where)
+        optional = name in _MAY_BE_MISSING and name not in need
+        bad = ~((values >= low) & (values <= high)) & ~(np.isnan(values) & optional)
+        for row in np.flatnonzero(bad):
+            problems.append(f"row {row + 1}: {name} = {table[name][row]}, expected {meaning}")
+        out[name] = values
+    for name in _TEXT:
+        if name in table.colnames:
+            out[name] = ["" if np.ma.is_masked(value) else str(value) for value in table[name]]
+    if "label_source" not in out.colnames:
+        out["label_source"] = [""] * len(table)
+    if problems:
+        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise Pix2massError(f"{where}: {len(problems)} problems\n  " + "\n  ".join(problems[:_SHOWN] + more))
+    for name in table.colnames:
+        if name not in out.colnames:
+            out[name] = table[name]
+    return out
+
+
+def write_catalog(table: QTable, path: str | Path) -> None:
+    """Write a table so that a reader never sees half a file. The ending (.ecsv, .csv, .fits) says in which format."""
+    path = Path(path)
+    kinds = {".ecsv": "ascii.ecsv", ".csv": "ascii.csv", ".fits": "fits"}
+    if path.suffix not in kinds:
+        raise Pix2massError(f"{path}: unknown kind of table; choose a name ending in .ecsv, .csv or .fits")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    table.write(part, format=kinds[path.suffix], overwrite=True)
+    os.replace(part, path)
+
+
+def _floats(table: Table, name: str, where: str) -> np.ndarray:
+    column = table[name]
+    try:
+        if name.endswith("_deg") and isinstance(column, Quantity):
+            return np.asarray(column.to_value("deg"), float)
+        if name.endswith("_deg") and getattr(column, "unit", None) is not None:
+            column = column.quantity.to("deg")
+            return np.asarray(column.value, float)
+        return np.asarray(np.ma.filled(np.ma.asarray(column, float), np.nan), float)
+    except (ValueError, TypeError, UnitConversionError) as error:
+        raise Pix2massError(f"{where}: column {name!r} does not hold numbers: {error}") from None
+
+
+def _unknown_column(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f", perhaps {near[0]!r} is meant" if near else ""
+    return f"the file has {', '.join(known)}{hint}"

@@ -1,0 +1,592 @@
+"""The command line: each verb is one function, its flags are the fields of the typed configs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+
+from pix2mass.config import (
+    BuildConfig,
+    ExplainConfig,
+    GridConfig,
+    MockConfig,
+    PretrainConfig,
+    RunConfig,
+    TrainConfig,
+    load_toml,
+    validate,
+)
+from pix2mass.types import FLAG_MEANING, Flag, Pix2massError
+
+app = App(
+    name="pix2mass",
+    help="Weigh galaxy clusters from their pictures: log10 M500c with errors from SDSS ugriz images.",
+    help_format="markdown",
+    version_flags=["--version"],
+)
+catalog_app = App(name="catalog", help="Check catalogues; list the frames and positions of an archive.")
+app.command(catalog_app)
+
+_flat = Parameter(name="*")
+Grid = Annotated[GridConfig, _flat]
+Source = Annotated[BuildConfig | None, _flat]
+Seed = Annotated[int, Parameter(help="Seed of every random number.")]
+Columns = Annotated[
+    str, Parameter(help="Names of the catalogue's columns where they differ from ours: ra_deg=RA,dec_deg=DEC,...")
+]
+Workers = Annotated[int, Parameter(help="Processes that make cutouts; 0 takes one per core.")]
+
+
+# ---- the whole chain -------------------------------------------------------------------------------------------------
+
+
+@app.command
+def demo(*, out: Path = Path("runs/demo"), workers: Workers = 0) -> None:
+    """Run everything on a small mock survey with known truth: no data and no network needed.
+
+    Example: `pix2mass demo`
+
+    Parameters
+    ----------
+    out
+        Run folder. The same command goes on where it was stopped.
+    """
+    _run(RunConfig(name="demo", mock=MockConfig()), out, workers)
+
+
+@app.command
+def run(config: Path, /, *, out: Path | None = None, workers: Workers = 0) -> None:
+    """Run all stages of a configuration file; stages whose inputs have not changed are skipped.
+
+    Example: `pix2mass run configs/demo.toml`
+
+    Parameters
+    ----------
+    config
+        TOML file, see configs/.
+    out
+        Run folder; runs/NAME if not given.
+    """
+    resolved = load_toml(RunConfig, config)
+    _run(resolved, out or Path("runs") / resolved.name, workers)
+
+
+def _run(config: RunConfig, out: Path, workers: int) -> None:
+    from pix2mass import pipeline
+
+    folder = _folder(out)
+    metrics = pipeline.run(config, folder, _cores(workers), _progress)
+    _print_summary(folder.path, metrics)
+
+
+def _print_summary(path: Path, metrics: dict[str, Any]) -> None:
+    kind = "MOCK sky, scored against the true masses" if metrics["mock"] else "real clusters, scored against labels"
+    lines = [
+        f"{metrics['n']} clusters ({kind}); mean absolute error over folds, dex:",
+        f"  this network      {metrics['mae_dex']:.3f}   best fold {metrics['mae_best_fold_dex']:.3f}",
+    ]
+    for name, label in (
+        ("richness", "richness"),
+        ("richness_true", "true richness"),
+        ("redshift", "redshift only"),
+        ("constant", "constant"),
+        ("shuffled", "shuffled labels"),
+    ):
+        if f"mae_{name}_dex" in metrics:
+            lines.append(f"  {label:<17} {metrics[f'mae_{name}_dex']:.3f}")
+    if metrics["ratio_to_richness"] is not None:
+        difference = metrics["network_minus"]["richness"]
+        lines.append(
+            f"  ratio to richness {metrics['ratio_to_richness']:.2f}   difference "
+            f"{difference['difference_dex']:+.3f} +- {difference['error_dex']:.3f}"
+        )
+    lines += [
+        f"  bias {metrics['bias_dex']:+.3f}, slope {metrics['slope']:.2f}, 68% intervals hold "
+        f"{100 * metrics['coverage_68']:.0f}%, band accuracy {metrics['band_accuracy']:.2f}",
+        "",
+        f"  {path / 'report.html'}       open this in a browser",
+        f"  {path / 'predictions.ecsv'}  every cluster's mass by networks that did not see it",
+        f"  {path / 'metrics.json'}      all numbers",
+    ]
+    print("\n".join(line for line in lines))
+
+
+# ---- catalogues and images -------------------------------------------------------------------------------------------
+
+
+@catalog_app.command
+def check(catalog: Path, /, *, columns: Columns = "", out: Path | None = None) -> None:
+    """Read a catalogue, list all that is wrong with it, or write it with the project's column names.
+
+    Example: `pix2mass catalog check clusters.fits --columns ra_deg=RA,dec_deg=DEC,id=NAME --out clusters.ecsv`
+
+    Parameters
+    ----------
+    catalog
+        CSV, ECSV or FITS table.
+    out
+        Where to write the checked table.
+    """
+    import numpy as np
+
+    from pix2mass.catalog import read_catalog, write_catalog
+
+    table = read_catalog(catalog, _columns(columns))
+    with_mass = int(np.isfinite(np.asarray(table["log10_m500c"], float)).sum())
+    with_z = int(np.isfinite(np.asarray(table["z"], float)).sum())
+    print(f"{catalog}: {len(table)} clusters, {with_z} with redshift, {with_mass} with mass; no problems found")
+    if out is not None:
+        write_catalog(table, out)
+        print(f"wrote {out}")
+
+
+@catalog_app.command
+def frames(base: str, /, *, out: Path = Path("frame-index.ecsv")) -> None:
+    """List the SDSS frames below a folder or URL from their headers, for `build --frame-index`.
+
+    Example: `pix2mass catalog frames DATA/sas --out frame-index.ecsv`
+
+    Parameters
+    ----------
+    base
+        What stands before /dr12 in the archive's paths.
+    out
+        Table to write.
+    """
+    from pix2mass.images.frames import FrameIndex
+
+    with _progress("reading frame headers") as progress:
+        index = FrameIndex.from_base(base, progress=progress)
+    index.to_file(out)
+    print(f"wrote {out}")
+
+
+@catalog_app.command
+def positions(
+    base: str,
+    /,
+    *,
+    per_field: int = 60,
+    margin_arcsec: float = 0.0,
+    z: float | None = None,
+    seed: Seed = 1,
+    out: Path = Path("positions.ecsv"),
+) -> None:
+    """Draw random positions inside the frames of an archive: images to pretrain on, or empty sky to compare with.
+
+    Example: `pix2mass catalog positions DATA/sas --per-field 60 --margin-arcsec 30 --out positions.ecsv`
+
+    Parameters
+    ----------
+    base
+        What stands before /dr12 in the archive's paths.
+    per_field
+        Positions per field; the field's name becomes their group.
+    margin_arcsec
+        Least distance from the frame's edge.
+    z
+        Redshift to write for all of them.
+    out
+        Table to write.
+    """
+    from pix2mass.catalog import write_catalog
+    from pix2mass.images.frames import FrameIndex, random_positions
+
+    with _progress("reading frame headers") as progress:
+        index = FrameIndex.from_base(base, progress=progress)
+    table = random_positions(index, per_field, seed, margin_arcsec=margin_arcsec, z=z)
+    write_catalog(table, out)
+    print(f"wrote {out}: {len(table)} positions")
+
+
+@app.command
+def build(
+    catalog: Path,
+    /,
+    *,
+    source: Source = None,
+    grid: Grid = GridConfig(),  # noqa: B008  a frozen value
+    columns: Columns = "",
+    out: Path | None = None,
+    workers: Workers = 1,
+) -> None:
+    """Make the images of a catalogue's clusters, from SDSS frames or from your own cutouts.
+
+    Example: `pix2mass build clusters.ecsv --frames DATA/sas --out clusters.zarr`
+
+    Parameters
+    ----------
+    catalog
+        CSV, ECSV or FITS table of positions and redshifts.
+    out
+        Store to write; the catalogue's name with .zarr if not given. The same command goes on after a kill.
+    """
+    from pix2mass import pipeline
+    from pix2mass.catalog import read_catalog
+
+    table = read_catalog(catalog, _columns(columns), ("z",) if grid.width_kpc else ())
+    source = source or validate(BuildConfig, {}, "pix2mass build")
+    store = pipeline.build_store(table, source, grid, out or Path(f"{catalog.stem}.zarr"), _cores(workers), _progress)
+    _print_store(store)
+
+
+@app.command
+def mock(
+    *,
+    out: Path,
+    config: Annotated[MockConfig, _flat] = MockConfig(),  # noqa: B008  a frozen value
+    grid: Grid = GridConfig(),  # noqa: B008
+    seed: Seed = 1,
+    workers: Workers = 0,
+) -> None:
+    """Make a mock survey with known truth: catalogues with measured richness, and image stores.
+
+    Example: `pix2mass mock --out mock-survey --n-labelled 200 --n-unlabelled 200`
+
+    Parameters
+    ----------
+    out
+        Folder for labelled.ecsv, labelled.zarr, unlabelled.ecsv and unlabelled.zarr.
+    """
+    from pix2mass import pipeline
+
+    survey = pipeline.make_mock(config, grid, seed, out, _cores(workers), _progress)
+    _print_store(survey.labelled_store)
+    _print_store(survey.unlabelled_store)
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------
+
+
+@app.command
+def pretrain(
+    store: Path,
+    /,
+    *,
+    run: Path,
+    config: Annotated[PretrainConfig, _flat] = PretrainConfig(),  # noqa: B008
+    test_store: Path | None = None,
+    leave_one_group_out: Annotated[bool, Parameter(negative="")] = False,
+    seed: Seed = 1,
+) -> None:
+    """Train network 1 on unlabelled images: which band is this?
+
+    Example: `pix2mass pretrain positions.zarr --run runs/real --leave-one-group-out`
+
+    Parameters
+    ----------
+    store
+        Images; no labels are used.
+    run
+        Run folder that gets the encoder.
+    test_store
+        Images that take no part, to measure the band accuracy on.
+    leave_one_group_out
+        Also train without each group (field) in turn and test on the group left out.
+    """
+    from pix2mass import train as training
+    from pix2mass.store import ImageStore
+
+    folder, images = _folder(run), ImageStore.open(store)
+    folder.write_config(seed=seed, grid=images.grid, pretrain=config)
+    test = ImageStore.open(test_store) if test_store else None
+    with _progress("pretraining network 1") as progress:
+        training.pretrain(images, folder, config, seed, test, progress)
+    folder.write_provenance(seed, stores={"unlabelled": images.checksum})
+    info = folder.read_json("pretrain.json")
+    _print_confusion(f"all images, tested on the {info['tested_on']}", info, images.grid.bands)
+    if leave_one_group_out:
+        with _progress("leaving one group out") as progress:
+            results = training.leave_one_group_out(images, folder, config, seed, progress)
+        for name, result in results.items():
+            _print_confusion(f"trained without {name}, tested on it", result, images.grid.bands)
+        mean = sum(result["band_accuracy"] for result in results.values()) / len(results)
+        print(f"band accuracy on groups left out: mean {mean:.3f} (guessing gives {1 / len(images.grid.bands):.2f})")
+
+
+@app.command
+def train(
+    store: Path,
+    catalog: Path,
+    /,
+    *,
+    run: Path,
+    config: Annotated[TrainConfig, _flat] = TrainConfig(),  # noqa: B008
+    columns: Columns = "",
+    seed: Seed = 1,
+) -> None:
+    """Train network 2 on the clusters that have a mass, once per fold, with the encoder of the run.
+
+    Example: `pix2mass train labelled.zarr labelled.ecsv --run runs/mine`
+
+    Parameters
+    ----------
+    store
+        Images of the labelled clusters.
+    catalog
+        Table with log10_m500c and, better, its error; other rows are left out.
+    run
+        Run folder with network 1.
+    """
+    from pix2mass import pipeline
+    from pix2mass.catalog import read_catalog
+    from pix2mass.store import ImageStore
+
+    table = read_catalog(catalog, _columns(columns))
+    pipeline.train_run(_folder(run), ImageStore.open(store), table, config, seed, _progress)
+    print(f"trained: {run}; next: pix2mass evaluate {run} {store}")
+
+
+@app.command
+def evaluate(run: Path, store: Path, /, *, seed: Seed = 1) -> None:
+    """Score a trained run beside constant, redshift-only, richness and shuffled-label baselines on the same folds.
+
+    Example: `pix2mass evaluate runs/mine labelled.zarr`
+
+    Parameters
+    ----------
+    run
+        Run folder after training.
+    store
+        Images of the labelled clusters.
+    """
+    from pix2mass import pipeline
+    from pix2mass.run import RunFolder
+    from pix2mass.store import ImageStore
+
+    folder = RunFolder.open(run)
+    metrics = pipeline.evaluate_run(folder, ImageStore.open(store), seed, _progress)
+    pipeline.write_report(folder)
+    _print_summary(run, metrics)
+
+
+@app.command
+def predict(
+    clusters: Path,
+    /,
+    *,
+    run: Path,
+    source: Source = None,
+    columns: Columns = "",
+    out: Path = Path("masses.ecsv"),
+) -> None:
+    """Masses with errors and flags, from a store of images or from a catalogue and the source of its images.
+
+    Example: `pix2mass predict clusters.ecsv --run runs/demo --frames DATA/sas --out masses.ecsv`
+
+    Parameters
+    ----------
+    clusters
+        An image store (.zarr), or a catalogue together with --frames or --cutouts.
+    run
+        Run folder after training.
+    out
+        Table to write; .ecsv, .csv or .fits. With a catalogue, the images stay beside it in OUT.zarr.
+    """
+    import numpy as np
+
+    from pix2mass import pipeline
+    from pix2mass.catalog import read_catalog, write_catalog
+    from pix2mass.predict import Predictor
+    from pix2mass.store import ImageStore
+
+    predictor = Predictor(run)
+    if clusters.is_dir():
+        if source is not None:
+            raise Pix2massError(f"{clusters} is an image store: --frames and --cutouts go with a catalogue")
+        store = ImageStore.open(clusters)
+    else:
+        if source is None:
+            raise Pix2massError(f"{clusters} is a catalogue: say where its images are with --frames or --cutouts")
+        table = read_catalog(clusters, _columns(columns), ("z",))
+        store = pipeline.build_store(table, source, predictor.grid, out.with_suffix(".zarr"), 1, _progress)
+    with _progress("predicting") as progress:
+        masses = pipeline.predict(predictor, store, progress)
+    write_catalog(masses, out)
+    print(f"{'id':<28} {'z':>6} {'log10 M500c':>11} {'error':>6}  flags")
+    for row in masses[:20]:
+        print(
+            f"{row['id']:<28} {row['z']:6.3f} {row['log10_m500c']:11.3f} {row['log10_m500c_err']:6.3f}  "
+            f"{row['flag_names']}"
+        )
+    if len(masses) > 20:
+        print(f"... and {len(masses) - 20} more")
+    print(f"wrote {out}: {len(masses)} clusters; networks trained on: {masses.meta['trained_on']}")
+    seen = Flag(int(np.bitwise_or.reduce(np.asarray(masses["flags"], int))))
+    for flag in Flag:
+        if flag in seen:
+            print(f"  {flag.name}: {FLAG_MEANING[flag]}")
+
+
+@app.command
+def explain(
+    run: Path,
+    store: Path,
+    /,
+    *,
+    ids: str = "",
+    config: Annotated[ExplainConfig, _flat] = ExplainConfig(),  # noqa: B008
+    out: Path | None = None,
+) -> None:
+    """Attribution maps: which pixels of which band make the mass.
+
+    Example: `pix2mass explain runs/demo clusters.zarr --ids RMJ222655.7-005503.6`
+
+    Parameters
+    ----------
+    run
+        Run folder after training.
+    store
+        Images.
+    ids
+        Clusters, separated by commas; some spread over predicted mass if not given.
+    out
+        Folder for the maps; RUN/maps if not given.
+    """
+    from pix2mass import pipeline
+    from pix2mass.run import RunFolder
+    from pix2mass.store import ImageStore
+
+    folder = RunFolder.open(run)
+    chosen = ids.split(",") if ids else pipeline.choose_clusters(folder, config.n_clusters)
+    with _progress("drawing attribution maps") as progress:
+        paths = pipeline.explain(folder, ImageStore.open(store), chosen, config.steps, out, progress)
+    print(f"wrote {len(paths)} maps to {paths[0].parent}")
+
+
+@app.command
+def report(run: Path, /) -> None:
+    """Write the run's report, one HTML page with all figures inside.
+
+    Example: `pix2mass report runs/demo`
+
+    Parameters
+    ----------
+    run
+        Run folder.
+    """
+    from pix2mass.report import write_report
+    from pix2mass.run import RunFolder
+
+    print(f"wrote {write_report(RunFolder.open(run))}")
+
+
+# ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _folder(path: Path) -> Any:
+    from pix2mass.run import RunFolder
+
+    folder = RunFolder(path)
+    folder.announce = print
+    return folder
+
+
+def _cores(workers: int) -> int:
+    return workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or 1
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    wrong = [name for name, sign, value in pairs if not (name and sign and value)]
+    if wrong:
+        raise Pix2massError(
+            f"--columns {text!r}: expected OURS=THEIRS pairs separated by commas, e.g. ra_deg=RA,z=ZSPEC"
+        )
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+@contextlib.contextmanager
+def _progress(label: str) -> Iterator[Any]:
+    """A bar with rate and time left; plain lines where the output is not a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    if not console.is_terminal:
+        print(f"{label} ...", file=sys.stderr, flush=True)
+        yield lambda done, total: None
+        return
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(label, total=None, rate="")
+
+        def update(done: int, total: int) -> None:
+            speed = bar.tasks[task].speed
+            bar.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
+
+        yield update
+
+
+def _print_store(store: Any) -> None:
+    import numpy as np
+
+    flagged = [
+        f"{name} {int((store.flags & flag != 0).sum())}"
+        for flag in Flag
+        if (name := flag.name) and (store.flags & flag).any()
+    ]
+    low, high = np.min(store.pixel_scale_arcsec), np.max(store.pixel_scale_arcsec)
+    print(
+        f"{store.path}: {len(store)} cutouts, bands {store.grid.bands}, {store.grid.n_pixels} x {store.grid.n_pixels} "
+        f"pixels of {low:.2f} to {high:.2f} arcsec; flagged: {', '.join(flagged) or 'none'}; checksum {store.checksum}"
+    )
+
+
+def _print_confusion(title: str, result: dict[str, Any], bands: str) -> None:
+    print(f"{title}: band accuracy {result['band_accuracy']:.3f}; rows true band, columns told band")
+    print("     " + "".join(f"{band:>6}" for band in bands))
+    for band, counts in zip(bands, result["band_confusion"], strict=True):
+        print(f"    {band}" + "".join(f"{count:6d}" for count in counts))
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one clear message and exit status 2, never a traceback."""
+    try:
+        app(exit_on_error=False, print_error=False)
+    except Pix2massError as error:
+        _stop(str(error))
+    except cyclopts.CycloptsError as error:
+        _stop(f"{_plain(error)}\nTry the verb's --help.")
+    except KeyboardInterrupt:
+        _stop("stopped; the same command goes on where it was")
+
+
+def _stop(message: str) -> None:
+    print(f"pix2mass: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _plain(error: cyclopts.CycloptsError) -> str:
+    """The message of a wrong flag; of a config that does not fit, only what is wrong with it."""
+    from pydantic import ValidationError
+
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ValidationError):
+        return "; ".join(
+            f"--{'.'.join(str(part) for part in problem['loc']).replace('_', '-')}: ".removeprefix("--: ")
+            + problem["msg"].removeprefix("Value error, ")
+            for problem in cause.errors()
+        )
+    return str(error)

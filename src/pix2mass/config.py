@@ -1,0 +1,275 @@
+"""One frozen, validated config per stage. The same object is the CLI flags, the TOML file and what a run folder keeps.
+
+Every field's docstring is its help text on the command line. Unknown keys are errors that name the nearest right key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pix2mass.types import Pix2massError, check_bands
+
+
+class Config(BaseModel):
+    """Base of all configs: immutable, no unknown keys, field docstrings are the descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+def _check_bands(value: str) -> str:
+    try:
+        return check_bands(value)
+    except Pix2massError as error:
+        raise ValueError(str(error)) from None
+
+
+Bands = Annotated[str, AfterValidator(_check_bands)]
+
+
+class GridConfig(Config):
+    """The pixel grid that every cutout of a store shares."""
+
+    bands: Bands = "ugriz"
+    """Bands to keep, an ordered subset of ugriz."""
+    width_kpc: float | None = Field(2000.0, gt=0)
+    """Width of a cutout in proper kpc at the cluster's redshift (the default: 2 Mpc)."""
+    width_arcsec: float | None = Field(None, gt=0)
+    """Width of a cutout in arcsec, the same at every redshift; takes the place of width_kpc."""
+    n_pixels: int = Field(64, ge=8, le=4096)
+    """Pixels on a side."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _arcsec_replaces_kpc(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("width_arcsec") is not None and "width_kpc" not in values:
+            return {**values, "width_kpc": None}
+        return values
+
+    @model_validator(mode="after")
+    def _one_width(self) -> Self:
+        if (self.width_kpc is None) == (self.width_arcsec is None):
+            raise ValueError("give either width_kpc or width_arcsec, not both and not neither")
+        return self
+
+
+class MockConfig(Config):
+    """The mock survey: how many clusters, over which masses and redshifts, seen how well."""
+
+    n_labelled: int = Field(800, ge=20)
+    """Clusters with a mass label."""
+    n_unlabelled: int = Field(1200, ge=20)
+    """Clusters without a label, for pretraining."""
+    log10_m500c_min: float = Field(13.5, ge=13.0, le=15.5)
+    """Lowest true mass; masses are drawn flat in log10."""
+    log10_m500c_max: float = Field(15.2, ge=13.0, le=15.5)
+    """Highest true mass."""
+    z_min: float = Field(0.1, ge=0.05, le=0.55)
+    """Lowest redshift; redshifts are drawn flat."""
+    z_max: float = Field(0.4, ge=0.05, le=0.55)
+    """Highest redshift."""
+    label_scatter_dex: float = Field(0.12, ge=0)
+    """Gaussian measurement scatter of the mass labels."""
+    richness_scatter_ln: float = Field(0.22, ge=0)
+    """Lognormal scatter of richness at fixed mass, beside Poisson noise."""
+    miscentred_share: float = Field(0.2, ge=0, le=1)
+    """Share of clusters whose catalogued position is off the centre of the galaxies."""
+    miscentring_kpc: float = Field(200.0, ge=0)
+    """Rayleigh scale of that offset in proper kpc."""
+    diffuse_light_share: float = Field(0.3, ge=0)
+    """Diffuse intracluster light as a fraction of the brightest galaxy's."""
+    depth_r_mag: float = Field(23.0, ge=18, le=23)
+    """Faintest r magnitude of galaxies and stars that are drawn."""
+    projected_groups: bool = True
+    """Put part of the foreground and background galaxies into groups and clusters of their own."""
+    ebv_min_mag: float = Field(0.02, ge=0)
+    """Lowest Galactic reddening E(B-V); drawn flat per cluster and applied to the pixels."""
+    ebv_max_mag: float = Field(0.06, ge=0)
+    """Highest Galactic reddening E(B-V)."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.log10_m500c_min >= self.log10_m500c_max or self.z_min >= self.z_max:
+            raise ValueError("each _min must lie below its _max")
+        if self.ebv_min_mag > self.ebv_max_mag:
+            raise ValueError("ebv_min_mag must not exceed ebv_max_mag")
+        return self
+
+
+class BuildConfig(Config):
+    """Images for a catalogue: where they come from. Exactly one source."""
+
+    frames: str | None = None
+    """Folder or URL of SDSS frames in the archive's own layout (what stands before /dr12)."""
+    frame_index: Path | None = None
+    """Table of the frames that exist, as written by `pix2mass catalog frames`; needed for large archives."""
+    cutouts: str | None = None
+    """Pattern of your own FITS cutouts, e.g. 'DIR/{id}-{band}.fits'."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.frames is None) == (self.cutouts is None):
+            raise ValueError("give one source of images: --frames BASE or --cutouts 'DIR/{id}-{band}.fits'")
+        return self
+
+
+class OptimConfig(Config):
+    """What both trainings share."""
+
+    batch_size: int = Field(64, ge=1)
+    """Images (pretraining) or clusters (training) per step."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak learning rate of AdamW, one-cycle schedule."""
+    weight_decay: float = Field(1e-3, ge=0)
+    """Weight decay of AdamW."""
+    validation_share: float = Field(0.15, gt=0, lt=0.9)
+    """Share of the training part kept aside to stop early and to choose the epoch."""
+    patience: int = Field(8, ge=1)
+    """Epochs without improvement on the validation share before training stops."""
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """Device, passed through to Lightning."""
+
+
+class PretrainConfig(OptimConfig):
+    """Network 1: an encoder that learns to tell the band of a single-band image. No labels."""
+
+    encoder: str = "small"
+    """'small' (made for 2 cores) or any timm model name, e.g. resnet18; built with in_chans=1."""
+    epochs: int = Field(6, ge=1)
+    """Most passes over the images."""
+
+
+class TrainConfig(OptimConfig):
+    """Network 2: from the features of the bands to a mass, by k-fold cross-validation."""
+
+    folds: int = Field(5, ge=2)
+    """Number of folds."""
+    fold_separation_deg: float = Field(0.5, ge=0)
+    """Clusters closer than this on the sky share a fold."""
+    freeze_encoder: bool = True
+    """Keep network 1 as pretrained (the paper's recipe); its features are computed once."""
+    from_scratch: bool = False
+    """Start from random encoder weights: what pretraining is worth. Needs freeze_encoder = false."""
+    use_redshift: bool = True
+    """Give network 2 the redshift."""
+    epochs: int = Field(30, ge=1)
+    """Most passes over the labelled clusters, per fold."""
+    views: int = Field(2, ge=1, le=8)
+    """Rotated and mirrored views of each cluster: features are computed for each, predictions averaged over them."""
+    edge_probability: float = Field(0.3, ge=0, le=1)
+    """Share of training views with part of the image masked, as at the edge of a frame."""
+
+    @model_validator(mode="after")
+    def _scratch_trains(self) -> Self:
+        if self.from_scratch and self.freeze_encoder:
+            raise ValueError("from_scratch needs freeze_encoder = false: random frozen weights learn nothing")
+        return self
+
+
+class ExplainConfig(Config):
+    """Attribution maps."""
+
+    n_clusters: int = Field(6, ge=1)
+    """How many clusters to draw when no ids are given: spread over predicted mass."""
+    steps: int = Field(32, ge=2)
+    """Steps of the integral in integrated gradients."""
+
+
+class DataConfig(Config):
+    """Real data for `pix2mass run`: catalogues and the source of their images."""
+
+    labelled: Path
+    """Catalogue of clusters with masses."""
+    unlabelled: Path
+    """Catalogue of positions without masses, for pretraining."""
+    frames: str | None = None
+    """As `pix2mass build --frames`."""
+    frame_index: Path | None = None
+    """As `pix2mass build --frame-index`."""
+    cutouts: str | None = None
+    """As `pix2mass build --cutouts`."""
+
+
+class RunConfig(Config):
+    """A whole run, from images to report: what `pix2mass run CONFIG.toml` reads. Give [mock] or [data]."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Name of the run folder under runs/."""
+    seed: int = Field(1, ge=0)
+    """Seed of every random number of the run."""
+    mock: MockConfig | None = None
+    """Make a mock survey with known truth."""
+    data: DataConfig | None = None
+    """Use real observations."""
+    grid: GridConfig = GridConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    train: TrainConfig = TrainConfig()
+    explain: ExplainConfig = ExplainConfig()
+
+    @model_validator(mode="after")
+    def _mock_or_data(self) -> Self:
+        if (self.mock is None) == (self.data is None):
+            raise ValueError("give either a [mock] table or a [data] table")
+        return self
+
+
+C = TypeVar("C", bound=Config)
+
+
+def _known_keys(config_class: type[Config], location: tuple[int | str, ...]) -> list[str]:
+    """Field names at a location such as ('train', 'epohcs') of a nested config."""
+    current: Any = config_class
+    for key in location[:-1]:
+        annotation = current.model_fields[str(key)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        current = next(c for c in candidates if isinstance(c, type) and issubclass(c, Config))
+    return list(current.model_fields)
+
+
+def validate(config_class: type[C], values: dict[str, Any], where: str) -> C:
+    """Make a config from plain values.
+
+    Raises:
+        Pix2massError: lists every wrong key and value at once, with ``where`` they stand and the nearest right key.
+    """
+    try:
+        return config_class.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            location = ".".join(str(part) for part in problem["loc"]) or "(whole)"
+            if problem["type"] == "extra_forbidden":
+                known = _known_keys(config_class, problem["loc"])
+                near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+                advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+                lines.append(f"  {location}: unknown key; {advice}")
+            else:
+                shown = "" if problem["type"] in ("missing", "value_error") else f", got {problem['input']!r}"
+                lines.append(f"  {location}: {problem['msg'].removeprefix('Value error, ')}{shown}")
+        raise Pix2massError(f"{where}: the configuration is not valid\n" + "\n".join(lines)) from None
+
+
+def load_toml(config_class: type[C], path: Path) -> C:
+    """Read a config from a TOML file.
+
+    Raises:
+        Pix2massError: the file is missing, is not TOML, or does not fit the config.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise Pix2massError(f"{path}: no such file; expected a TOML configuration") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Pix2massError(f"{path}: not a TOML file: {error}") from None
+    return validate(config_class, values, str(path))
+
+
+def to_toml(config: Config) -> str:
+    """The config as TOML; ``None`` values are left out, since TOML has no null."""
+    import tomli_w
+
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

@@ -1,0 +1,31 @@
+"""Distances and sizes in the one cosmology of the project: flat, H0 = 70 km/s/Mpc, Om = 0.3."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+H0_KM_S_MPC = 70.0
+OMEGA_M = 0.3
+MASS_DEFINITION = "500c"
+
+
+@cache
+def cosmology():
+    """The astropy cosmology object (imported on first use: it takes longer to import than this whole package)."""
+    from astropy.cosmology import FlatLambdaCDM
+
+    return FlatLambdaCDM(H0=H0_KM_S_MPC, Om0=OMEGA_M)
+
+
+def kpc_per_arcsec(z: ArrayLike) -> np.ndarray:
+    """Proper transverse size of one arcsecond, in kpc, at redshift ``z`` (z > 0)."""
+    return cosmology().kpc_proper_per_arcmin(np.asarray(z, float)).value / 60.0
+
+
+def r500c_kpc(log10_m500c: ArrayLike, z: ArrayLike) -> np.ndarray:
+    """Radius in proper kpc that encloses 500 times the critical density at ``z``: M = (4/3) pi 500 rho_c r^3."""
+    rho_c_msun_kpc3 = cosmology().critical_density(np.asarray(z, float)).to_value("Msun / kpc3")
+    return np.cbrt(3.0 * 10.0 ** np.asarray(log10_m500c, float) / (4.0 * np.pi * 500.0 * rho_c_msun_kpc3))

@@ -1,0 +1,281 @@
+"""The two networks. Network 1: an encoder of single-band images and a band classifier on it. Network 2: a mass from
+the features of all bands.
+
+Choices of this project, not the paper's (whose layers are not public): the layers, the pooling, and the error output.
+"""
+
+from __future__ import annotations
+
+import math
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pix2mass.types import Pix2massError
+
+RADIAL_EDGES = (0.06, 0.15, 0.35, 0.75)
+"""Centres of the radial pooling rings, in units of the cutout's half-width (60 to 750 kpc on the default grid)."""
+_MIN_LOG_SIGMA = math.log(0.02)
+
+
+def prepare(flux: Tensor, mask: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring images to unit noise and compress bright sources, so that no band stands out by its noise level.
+
+    Args:
+        flux: (n, n_bands, h, w) nanomaggies per pixel.
+        mask: (n, n_bands, h, w) bool, True = unusable.
+        noise: (n, n_bands) nanomaggies, the median sigma of each image; NaN for a band without usable pixels.
+
+    Returns:
+        asinh(flux / noise), 0 where unusable, same shape as flux; and the share of bands usable per pixel, (n, h, w).
+    """
+    usable = ~mask & torch.isfinite(noise)[..., None, None]
+    scaled = torch.asinh(flux / noise[..., None, None])
+    return torch.where(usable, scaled, torch.zeros_like(scaled)), usable_share(mask, noise)
+
+
+def usable_share(mask: Tensor, noise: Tensor) -> Tensor:
+    """Share of bands usable at each pixel, (n, h, w), 0 to 1; arguments as :func:`prepare`."""
+    return (~mask & torch.isfinite(noise)[..., None, None]).float().mean(dim=1)
+
+
+def dihedral(images: Tensor, view: int) -> Tensor:
+    """One of the 8 rotations and reflections of a square, over the last two axes; view 0 is the image itself."""
+    turned = torch.rot90(images, view % 4, dims=(-2, -1))
+    return turned.flip(-1) if view >= 4 else turned
+
+
+def combine(means: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a mixture of equally weighted Gaussians.
+
+    Args:
+        means: (m, n) means of m networks or views for n clusters.
+        sigmas: (m, n) their standard deviations.
+
+    Returns:
+        Mean (n,) and standard deviation (n,): the mean variance plus the variance of the means.
+    """
+    mean = means.mean(dim=0)
+    return mean, torch.sqrt((sigmas**2).mean(dim=0) + means.var(dim=0, correction=0))
+
+
+class _SmallBackbone(nn.Module):
+    """Two levels of plain convolutions, at strides 2 and 4: made to train in a minute on two cores."""
+
+    channels = (16, 32)
+    strides = (2, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def block(n_in: int, n_out: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(n_in, n_out, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(n_out),
+                nn.ReLU(),
+                nn.Conv2d(n_out, n_out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(n_out),
+                nn.ReLU(),
+            )
+
+        self.fine = block(1, self.channels[0])
+        self.coarse = block(self.channels[0], self.channels[1])
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        fine = self.fine(image)
+        return [fine, self.coarse(fine)]
+
+
+class Encoder(nn.Module):
+    """Feature maps of single-band images, at the two finest levels of the backbone.
+
+    Args:
+        name: "small", or any timm model that can return feature maps (``features_only``), built with ``in_chans=1``.
+
+    Raises:
+        Pix2massError: timm does not know the name or the model gives no feature maps.
+    """
+
+    def __init__(self, name: str = "small") -> None:
+        super().__init__()
+        self.name = name
+        self.taps = nn.ModuleList([nn.Identity(), nn.Identity()])
+        """Where each level comes out, whatever the backbone: the layers that class-activation maps hook on to."""
+        if name == "small":
+            self.backbone: nn.Module = _SmallBackbone()
+            self.channels, self.strides = _SmallBackbone.channels, _SmallBackbone.strides
+            return
+        try:
+            self.backbone = timm.create_model(name, in_chans=1, features_only=True, out_indices=(0, 1))
+        except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
+            near = timm.list_models(f"*{name[:6]}*")[:4]
+            hint = f"; similar names: {', '.join(near)}" if near else ""
+            raise Pix2massError(
+                f"encoder {name!r}: expected 'small' or a timm model with feature maps, timm says: {error}{hint}"
+            ) from None
+        self.channels = tuple(self.backbone.feature_info.channels())  # type: ignore[union-attr]
+        self.strides = tuple(self.backbone.feature_info.reduction())  # type: ignore[union-attr]
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Feature maps.
+
+        Args:
+            image: (n, 1, h, w) normalised image of one band each.
+
+        Returns:
+            One map per level, finest first: (n, channels[k], h / strides[k], w / strides[k]).
+        """
+        return [tap(level) for tap, level in zip(self.taps, self.backbone(image), strict=True)]
+
+
+class BandClassifier(nn.Module):
+    """Network 1: which band is this image?
+
+    Args:
+        encoder: gives the feature maps.
+        n_bands: number of bands to tell apart.
+    """
+
+    def __init__(self, encoder: Encoder, n_bands: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(2 * sum(encoder.channels), n_bands)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (n, n_bands) of single-band images (n, 1, h, w). Mean and spread of every feature map are pooled."""
+        pooled = []
+        for level in self.encoder(image):
+            pooled += [level.mean(dim=(2, 3)), level.flatten(2).std(dim=2)]
+        return self.head(torch.cat(pooled, dim=1))
+
+
+class MassRegressor(nn.Module):
+    """Network 2: log10 M500c and its standard deviation from the feature maps of all bands.
+
+    At each point of the maps the features of all bands (and the redshift) are mixed, so that colours at one place can
+    be read; the result is averaged over the usable area in four rings around the centre, and a small network gives mean
+    and spread. The scaler is part of the module and saved with its weights.
+
+    Args:
+        encoder: network 1's encoder, shared by the bands.
+        n_bands: number of bands.
+        use_redshift: whether the redshift is an input.
+        hidden: width of the mixing layers.
+    """
+
+    label_mean: Tensor
+    label_scale: Tensor
+    z_mean: Tensor
+    z_scale: Tensor
+
+    def __init__(self, encoder: Encoder, n_bands: int, use_redshift: bool = True, hidden: int = 32) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.n_bands = n_bands
+        self.use_redshift = use_redshift
+        n_context = 2 if use_redshift else 0
+        self.level_mix = nn.ModuleList(
+            [nn.Conv2d(n_bands * channels, hidden, 1, bias=False) for channels in encoder.channels]
+        )
+        self.context = nn.Linear(n_context, hidden) if use_redshift else None
+        self.mix_bias = nn.Parameter(torch.zeros(hidden))
+        self.mix = nn.Conv2d(hidden, hidden, 1)
+        n_rings = len(RADIAL_EDGES)
+        self.out = nn.Sequential(
+            nn.Linear(n_rings * (hidden + 1) + n_context, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 2)
+        )
+        for name in ("label_mean", "z_mean"):
+            self.register_buffer(name, torch.zeros(()))
+        for name in ("label_scale", "z_scale"):
+            self.register_buffer(name, torch.ones(()))
+        for level, channels in enumerate(encoder.channels):
+            self.register_buffer(f"feature_mean_{level}", torch.zeros(n_bands * channels))
+            self.register_buffer(f"feature_scale_{level}", torch.ones(n_bands * channels))
+
+    def fit_scaler(self, log10_m500c: Tensor, z: Tensor, levels: list[Tensor]) -> None:
+        """Take mean and scale of labels, redshifts and features from the training part.
+
+        Args:
+            log10_m500c: (n,) labels.
+            z: (n,) redshifts.
+            levels: feature maps of some training images, as :meth:`features` gives them.
+        """
+        self.label_mean.copy_(log10_m500c.mean())
+        self.label_scale.copy_(log10_m500c.std(correction=0).clamp_min(1e-3))
+        if self.use_redshift:
+            self.z_mean.copy_(z.mean())
+            self.z_scale.copy_(z.std(correction=0).clamp_min(1e-3))
+        for level, maps in enumerate(levels):
+            self.get_buffer(f"feature_mean_{level}").copy_(maps.mean(dim=(0, 2, 3)))
+            self.get_buffer(f"feature_scale_{level}").copy_(maps.std(dim=(0, 2, 3)).clamp_min(1e-3))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of all bands, per level (n, n_bands * channels, h', w'), from images (n, n_bands, h, w)."""
+        n, n_bands = images.shape[:2]
+        levels = self.encoder(images.reshape(n * n_bands, 1, *images.shape[2:]))
+        return [level.reshape(n, n_bands * level.shape[1], *level.shape[2:]) for level in levels]
+
+    def forward(self, images: Tensor, valid: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mass of clusters.
+
+        Args:
+            images: (n, n_bands, h, w), normalised.
+            valid: (n, h, w) share of bands usable at each pixel, 0 to 1.
+            z: (n,) redshifts.
+
+        Returns:
+            log10 M500c (n,) and its standard deviation in dex (n,).
+        """
+        return self.from_features(self.features(images), valid, z)
+
+    def from_features(self, levels: list[Tensor], valid: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, from the output of :meth:`features`, which a frozen encoder need compute only once."""
+        size = levels[0].shape[2:]
+        bias = self.mix_bias
+        mixed = torch.zeros((), device=z.device)
+        for level, (maps, conv) in enumerate(zip(levels, self.level_mix, strict=True)):
+            # The features' scaler is folded into the convolution: the maps are large, its weights are not.
+            weight = conv.weight / self.get_buffer(f"feature_scale_{level}")[:, None, None]
+            bias = bias - weight[:, :, 0, 0] @ self.get_buffer(f"feature_mean_{level}")
+            part = F.conv2d(maps, weight)
+            mixed = mixed + (part if part.shape[2:] == size else F.interpolate(part, size=size, mode="nearest"))
+        mixed = mixed + bias[:, None, None]
+        context = torch.zeros(len(z), 0, device=z.device)
+        if self.context is not None:
+            scaled = (z - self.z_mean) / self.z_scale
+            context = torch.stack([scaled, scaled**2 - 1.0], dim=1)
+            mixed = mixed + self.context(context)[:, :, None, None]
+        mixed = F.relu(self.mix(F.relu(mixed)))
+        weight = F.adaptive_avg_pool2d(valid[:, None], size) * _rings(size, valid.device)
+        area = weight.sum(dim=(2, 3))
+        pooled = torch.einsum("nchw,nrhw->nrc", mixed, weight) / (area[..., None] + 1e-3)
+        coverage = area / _rings(size, valid.device).sum(dim=(2, 3))
+        mean, log_sigma = self.out(torch.cat([pooled.flatten(1), coverage, context], dim=1)).unbind(dim=1)
+        sigma = torch.exp(log_sigma.clamp(-6.0, 3.0)) * self.label_scale
+        return mean * self.label_scale + self.label_mean, sigma + math.exp(_MIN_LOG_SIGMA)
+
+
+def _rings(size: torch.Size, device: torch.device) -> Tensor:
+    """Weights of the pooling rings, (1, n_rings, h, w): Gaussian in the logarithm of the distance from the centre."""
+    y, x = (((torch.arange(n, device=device) + 0.5) / n) * 2 - 1 for n in size)
+    radius = torch.hypot(y[:, None], x[None, :])
+    centres = torch.tensor(RADIAL_EDGES, device=device).log()[:, None, None]
+    return torch.exp(-0.5 * ((radius.log() - centres) / 0.45) ** 2)[None]
+
+
+def negative_log_likelihood(mean: Tensor, sigma: Tensor, label: Tensor, label_err: Tensor) -> Tensor:
+    """Gaussian loss of noisy labels: the spread about the label is the network's own plus the label's known error.
+
+    Args:
+        mean: (n,) predicted log10 M500c.
+        sigma: (n,) predicted standard deviation of the true mass, dex.
+        label: (n,) measured log10 M500c.
+        label_err: (n,) its standard error, dex.
+
+    Returns:
+        Mean over the batch of -log N(label; mean, sigma^2 + label_err^2), without the constant.
+    """
+    variance = sigma**2 + label_err**2
+    return 0.5 * (torch.log(variance) + (label - mean) ** 2 / variance).mean()

@@ -1,0 +1,286 @@
+"""The stages in order, for the command line: each function is one verb, ``run`` is all of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from astropy.table import QTable
+
+from pix2mass.catalog import read_catalog, sky_folds, write_catalog
+from pix2mass.config import BuildConfig, GridConfig, MockConfig, RunConfig, TrainConfig
+from pix2mass.evaluate import evaluate
+from pix2mass.explain import explain
+from pix2mass.images.cutouts import CutoutSource
+from pix2mass.images.frames import FrameIndex, FrameSource
+from pix2mass.images.mock.population import draw_clusters, observe
+from pix2mass.images.mock.population import galaxies as galaxies_in_box
+from pix2mass.images.mock.source import MockSource
+from pix2mass.predict import predict
+from pix2mass.report import write_report
+from pix2mass.richness import calibrate, m_star_i_mag, reference_mag, richness
+from pix2mass.run import RunFolder, digest
+from pix2mass.store import ImageStore, Source, build
+from pix2mass.train import pretrain, train
+from pix2mass.types import Pix2massError
+
+Progress = Callable[[int, int], None]
+Reporter = Callable[[str], AbstractContextManager[Progress]]
+"""``with reporter("building") as progress: progress(done, total)``"""
+
+_CALIBRATION_CLUSTERS = 60
+_CALIBRATION_FIELDS = 16
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Two catalogues and their images: clusters with a mass and clusters without."""
+
+    labelled: QTable
+    unlabelled: QTable
+    labelled_store: ImageStore
+    unlabelled_store: ImageStore
+
+
+def open_source(config: BuildConfig, grid: GridConfig, reporter: Reporter) -> Source:
+    """The source of images that a config names.
+
+    Raises:
+        Pix2massError: the folder, URL or index cannot be read.
+    """
+    if config.cutouts is not None:
+        return CutoutSource(config.cutouts, grid)
+    assert config.frames is not None  # the config holds exactly one source
+    if config.frame_index is not None:
+        index = FrameIndex.from_file(config.frame_index)
+    else:
+        with reporter("reading frame headers") as progress:
+            index = FrameIndex.from_base(config.frames, progress=progress)
+    return FrameSource(config.frames, grid, index)
+
+
+def build_store(
+    catalog: QTable, config: BuildConfig, grid: GridConfig, out: Path, workers: int, reporter: Reporter
+) -> ImageStore:
+    """Images of a catalogue from frames or from the user's own cutouts, as a sealed store."""
+    source = open_source(config, grid, reporter)
+    try:
+        with reporter(f"building {out.name}") as progress:
+            return build(catalog, source, out, grid, config.model_dump(mode="json"), workers, progress)
+    finally:
+        close = getattr(source, "close", None)
+        if close:
+            close()
+
+
+def make_mock(config: MockConfig, grid: GridConfig, seed: int, out: Path, workers: int, reporter: Reporter) -> Survey:
+    """A mock survey with known truth; its richness is measured from galaxies with magnitude errors.
+
+    Args:
+        config: of the mock sky.
+        grid: of the cutouts.
+        seed: same seed, same bytes.
+        out: folder; gets ``labelled.ecsv``, ``unlabelled.ecsv``, ``labelled.zarr``, ``unlabelled.zarr``.
+        workers: processes.
+        reporter: shows progress.
+    """
+    source = MockSource(config, grid, seed)
+    made = {}
+    for kind, n in (("labelled", config.n_labelled), ("unlabelled", config.n_unlabelled)):
+        catalog = draw_clusters(config, n, seed, kind[0].upper())
+        with reporter(f"drawing {kind} mock images") as progress:
+            provenance = {"source": "mock", "seed": seed, "config": config.model_dump(mode="json")}
+            store = build(catalog, source, out / f"{kind}.zarr", grid, provenance, workers, progress)
+        made[kind] = (catalog, store)
+    labelled, labelled_store = made["labelled"]
+    unlabelled, unlabelled_store = made["unlabelled"]
+    if not (out / "labelled.ecsv").exists():
+        with reporter("measuring richness") as progress:
+            measure_richness(labelled, source, seed, progress)
+        write_catalog(unlabelled, out / "unlabelled.ecsv")
+        write_catalog(labelled, out / "labelled.ecsv")
+    return Survey(read_catalog(out / "labelled.ecsv"), unlabelled, labelled_store, unlabelled_store)
+
+
+def measure_richness(catalog: QTable, source: MockSource, seed: int, progress: Progress) -> None:
+    """Set columns richness and richness_err from galaxies with magnitude errors, as for a real survey.
+
+    Red sequence and background are calibrated on other clusters of the same sky, whose members have redshifts, and on
+    blank fields; nothing of the measured clusters' truth is used.
+    """
+    config = source.config
+    training = draw_clusters(config, _CALIBRATION_CLUSTERS, seed, "calibration-")
+    red: dict[str, list[np.ndarray]] = {"mag": [], "mag_err": [], "z": []}
+    for cluster in training:
+        galaxies = source.galaxies(cluster)
+        z = float(cluster["z"])
+        chosen = galaxies["truth_member"] & (reference_mag(galaxies) < m_star_i_mag(z) + 1.75)
+        red["mag"].append(galaxies["mag"][chosen])
+        red["mag_err"].append(galaxies["mag_err"][chosen])
+        red["z"].append(np.full(int(chosen.sum()), z))
+    members = {name: np.concatenate(values) for name, values in red.items()}
+    blank = [{"id": f"blank-{i}", "z": 0.25} for i in range(_CALIBRATION_FIELDS)]
+    width_arcsec = 1800.0
+    fields = [observe(galaxies_in_box(field, config, width_arcsec, seed), field, seed) for field in blank]
+    calibration = calibrate(members, members["z"], fields, len(fields) * width_arcsec**2)
+    value, error = np.empty(len(catalog)), np.empty(len(catalog))
+    for row, cluster in enumerate(catalog):
+        result = richness(
+            source.galaxies(cluster),
+            float(cluster["z"]),
+            float(cluster["ra_deg"]),
+            float(cluster["dec_deg"]),
+            *calibration,
+        )
+        value[row], error[row] = result.richness, result.richness_err
+        progress(row + 1, len(catalog))
+    catalog["richness"], catalog["richness_err"] = value, error
+
+
+def evaluate_run(folder: RunFolder, store: ImageStore, seed: int, reporter: Reporter) -> dict[str, Any]:
+    """Train the same recipe on shuffled labels, then score the run beside all baselines.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        Pix2massError: the run has not been trained, or shuffled labels do as well as real ones.
+    """
+    catalog = read_catalog(_need(folder, "catalog.ecsv"))
+    folds = QTable.read(_need(folder, "folds.ecsv"), format="ascii.ecsv")
+    out_of_fold = QTable.read(_need(folder, "train-out-of-fold.ecsv"), format="ascii.ecsv")
+    config = folder.read_config("train", TrainConfig)
+    null = catalog.copy()
+    order = np.random.default_rng([seed, 1234]).permutation(len(null))
+    for name in ("log10_m500c", "log10_m500c_err"):
+        null[name] = np.asarray(catalog[name])[order]
+    with reporter("training on shuffled labels (null test)") as progress:
+        shuffled = train(store, null, np.asarray(folds["fold"]), folder, config, seed, "null", progress)
+    pretrained = folder.read_json("pretrain.json")
+    with folder.stage("evaluate", digest(out_of_fold["log10_m500c"].tolist(), seed)):
+        metrics, predictions = evaluate(
+            catalog,
+            out_of_fold,
+            shuffled,
+            seed,
+            {
+                "bands": store.grid.bands,
+                "pixel_scale_arcsec_range": [
+                    float(store.pixel_scale_arcsec.min()),
+                    float(store.pixel_scale_arcsec.max()),
+                ],
+                "band_accuracy": pretrained["band_accuracy"],
+                "band_confusion": pretrained["band_confusion"],
+                "pretraining_saw_test_images": pretrained["store_checksum"] == store.checksum,
+            },
+        )
+        write_catalog(predictions, folder / "predictions.ecsv")
+    seconds = {name: record["seconds"] for name, record in folder.stages.items()}
+    folder.write_json("metrics.json", {**metrics, "seconds": seconds})
+    return folder.read_json("metrics.json")
+
+
+def train_run(
+    folder: RunFolder, store: ImageStore, catalog: QTable, config: TrainConfig, seed: int, reporter: Reporter
+) -> None:
+    """Deal the folds, keep them and the catalogue in the run folder, and train one network 2 per fold."""
+    usable = catalog[np.isfinite(np.asarray(catalog["log10_m500c"], float))]
+    if len(usable) < 2 * config.folds:
+        raise Pix2massError(
+            f"{len(usable)} clusters have a mass in column log10_m500c, expected at least {2 * config.folds}"
+        )
+    fold = sky_folds(
+        np.asarray(usable["ra_deg"], float),
+        np.asarray(usable["dec_deg"], float),
+        np.asarray(usable["log10_m500c"], float),
+        config.folds,
+        config.fold_separation_deg,
+        seed,
+    )
+    folder.write_config(seed=seed, grid=store.grid, train=config)
+    write_catalog(usable, folder / "catalog.ecsv")
+    write_catalog(QTable({"id": usable["id"], "fold": fold}), folder / "folds.ecsv")
+    with reporter(f"training network 2, {config.folds} folds") as progress:
+        train(store, usable, fold, folder, config, seed, progress=progress)
+    folder.write_provenance(seed, stores={"labelled": store.checksum})
+
+
+def run(config: RunConfig, folder: RunFolder, workers: int, reporter: Reporter) -> dict[str, Any]:
+    """All stages from images to report. Stages whose inputs and configuration have not changed are skipped.
+
+    Returns:
+        What metrics.json holds.
+    """
+    folder.write_config(**{name: getattr(config, name) for name in RunConfig.model_fields})
+    survey = _survey(config, folder, workers, reporter)
+    with reporter("pretraining network 1") as progress:
+        pretrain(survey.unlabelled_store, folder, config.pretrain, config.seed, survey.labelled_store, progress)
+    train_run(folder, survey.labelled_store, survey.labelled, config.train, config.seed, reporter)
+    folder.write_provenance(
+        config.seed,
+        stores={"labelled": survey.labelled_store.checksum, "unlabelled": survey.unlabelled_store.checksum},
+    )
+    trained = folder.stages["train"]["key"]
+    outputs = [folder / "masses.ecsv"]
+    key = digest("predict", trained, survey.unlabelled_store.checksum)
+    if not folder.is_done("predict", key, *outputs):
+        with folder.stage("predict", key), reporter("predicting unlabelled clusters") as progress:
+            write_catalog(predict(folder, survey.unlabelled_store, progress), outputs[0])
+    evaluate_run(folder, survey.labelled_store, config.seed, reporter)
+    key = digest("explain", trained, config.explain)
+    ids = choose_clusters(folder, config.explain.n_clusters)
+    if not folder.is_done("explain", key, folder / "maps"):
+        with folder.stage("explain", key), reporter("drawing attribution maps") as progress:
+            shutil.rmtree(folder / "maps", ignore_errors=True)
+            explain(folder, survey.labelled_store, ids, config.explain.steps, progress=progress)
+    with folder.stage("report", digest("report", trained)):
+        write_report(folder)
+    metrics = folder.read_json("metrics.json")
+    metrics["seconds"] = {name: record["seconds"] for name, record in folder.stages.items()}
+    folder.write_json("metrics.json", metrics)
+    return metrics
+
+
+def choose_clusters(folder: RunFolder, n: int) -> list[str]:
+    """Ids spread evenly over predicted mass, from the run's out-of-fold table."""
+    table = QTable.read(_need(folder, "train-out-of-fold.ecsv"), format="ascii.ecsv")
+    order = np.argsort(np.asarray(table["log10_m500c"]))
+    picked = np.unique(np.linspace(0.02, 0.98, n) * (len(order) - 1)).round().astype(int)
+    return [str(cluster_id) for cluster_id in table["id"][order[picked]]]
+
+
+def _survey(config: RunConfig, folder: RunFolder, workers: int, reporter: Reporter) -> Survey:
+    if config.mock is not None:
+        key = digest("mock", config.mock, config.grid, config.seed)
+        out = folder / f"survey-{key}"
+        if folder.is_done("mock", key, out / "labelled.ecsv"):
+            return make_mock(config.mock, config.grid, config.seed, out, workers, reporter)
+        with folder.stage("mock", key):
+            return make_mock(config.mock, config.grid, config.seed, out, workers, reporter)
+    assert config.data is not None  # the config holds one of the two
+    data = config.data
+    source = BuildConfig(frames=data.frames, frame_index=data.frame_index, cutouts=data.cutouts)
+    need = ("z",) if config.grid.width_kpc else ()
+    tables = {name: read_catalog(getattr(data, name), need=need) for name in ("labelled", "unlabelled")}
+    stores = {}
+    for name, table in tables.items():
+        key = digest("build", source, config.grid, table["id"].tolist(), table["ra_deg"].tolist())
+        out = folder / f"{name}-{key}.zarr"
+        if folder.is_done(f"build-{name}", key, out):
+            stores[name] = ImageStore.open(out)
+            continue
+        with folder.stage(f"build-{name}", key):
+            stores[name] = build_store(table, source, config.grid, out, workers, reporter)
+    return Survey(tables["labelled"], tables["unlabelled"], stores["labelled"], stores["unlabelled"])
+
+
+def _need(folder: RunFolder, name: str) -> Path:
+    path = folder / name
+    if not path.exists():
+        raise Pix2massError(f"{folder.path}: the run has no {name}; train it first with `pix2mass train`")
+    return path

@@ -1,0 +1,721 @@
+"""Training: ``pretrain`` makes network 1 from unlabelled images, ``train`` makes one network 2 per fold from labels.
+
+Both are short callers of one ``_fit``. Every random number is drawn from the seed and the epoch, never from what ran
+before, so that a killed and resumed training ends where an undisturbed one does.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import numpy as np
+import torch
+from astropy.table import QTable
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pix2mass.config import OptimConfig, PretrainConfig, TrainConfig
+from pix2mass.model import (
+    BandClassifier,
+    Encoder,
+    MassRegressor,
+    combine,
+    dihedral,
+    negative_log_likelihood,
+    prepare,
+    usable_share,
+)
+from pix2mass.run import RunFolder, digest
+from pix2mass.store import ImageStore
+from pix2mass.types import Pix2massError
+
+Progress = Callable[[int, int], None]
+
+_PREDICT_BATCH = 64
+_GAIN_JITTER = 0.2
+"""Spread of the random gain (ln) in pretraining: a small error in the noise level must not betray the band."""
+_SCALER_SAMPLE = 128
+"""Training clusters from which the scale of the features is taken."""
+_MIN_BAND_COVERAGE = 0.5
+"""Images of a band with less usable area than this take no part in pretraining."""
+
+
+# ---- one fit for both networks -------------------------------------------------------------------------------------
+
+
+class _EpochSampler(Sampler):
+    """Row numbers in an order drawn from (seed, epoch), each with its epoch so that augmentation can use it too."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n, self.seed, self.epoch = n, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        return iter((self.epoch, int(i)) for i in order)
+
+
+class _Batches(Dataset):
+    """Hands whole batches to ``read(epoch, indices)``; epoch is -1 outside training."""
+
+    def __init__(self, n: int, read: Callable[[int, np.ndarray], dict[str, Any]]) -> None:
+        self.n, self.read = n, read
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitems__(self, keys: list[Any]) -> dict[str, Any]:
+        if isinstance(keys[0], tuple):
+            return self.read(keys[0][0], np.array([index for _, index in keys]))
+        return self.read(-1, np.array(keys))
+
+
+def _loader(n: int, read: Callable[[int, np.ndarray], dict[str, Any]], batch_size: int, seed: int | None) -> DataLoader:
+    # A last batch of one image would give batch normalisation nothing to normalise.
+    drop_last = seed is not None and n > batch_size
+    sampler = None if seed is None else _EpochSampler(n, seed)
+    return DataLoader(
+        _Batches(n, read), batch_size, sampler=sampler, collate_fn=lambda batch: batch, drop_last=drop_last
+    )
+
+
+class _Task(lightning.LightningModule):
+    """A network with its loss. ``step`` gives the loss and the number of samples."""
+
+    def __init__(
+        self, network: nn.Module, step: Callable[[Any], tuple[Tensor, int]], config: OptimConfig, seed: int
+    ) -> None:
+        super().__init__()
+        self.network, self.config, self.seed = network, config, seed
+        self._step = step
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(self.seed * 100_003 + self.current_epoch)
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return self._step(batch)[0]
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        loss, n = self._step(batch)
+        self.log("val_loss", loss, batch_size=n)
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, self.config.learning_rate, weight_decay=self.config.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.config.learning_rate, total_steps=max(2, steps))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class _Report(Callback):
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        self.progress(trainer.current_epoch + 1, trainer.max_epochs or 0)
+
+
+def _fit(
+    network: nn.Module,
+    step: Callable[[Any], tuple[Tensor, int]],
+    train: DataLoader,
+    validation: DataLoader,
+    config: OptimConfig,
+    epochs: int,
+    seed: int,
+    checkpoints: Path,
+    progress: Progress | None,
+) -> None:
+    """Train in place and leave the network at its best epoch, in eval mode. Goes on from ``checkpoints`` if there."""
+    task = _Task(network, step, config, seed)
+    best = ModelCheckpoint(
+        checkpoints,
+        "best",
+        monitor="val_loss",
+        save_last=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    stop = EarlyStopping("val_loss", patience=config.patience, check_on_train_epoch_end=True)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        # Lightning's advice on workers does not hold: batches come from memory maps.
+        warnings.filterwarnings("ignore", module="lightning.*")
+        warnings.filterwarnings("ignore", message=".*(lr_scheduler.step|LeafSpec).*")
+        trainer = lightning.Trainer(
+            max_epochs=epochs,
+            accelerator=config.accelerator,
+            devices=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            gradient_clip_val=1.0,
+            callbacks=[best, stop, *([_Report(progress)] if progress else [])],
+        )
+        last = checkpoints / "last.ckpt"
+        resume = str(last) if last.exists() else None
+        trainer.fit(task, train, validation, ckpt_path=resume, weights_only=True)
+    state = torch.load(checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+    task.load_state_dict(state)
+    network.eval().cpu()
+
+
+def _split(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random training and validation indices."""
+    order = np.random.default_rng([seed, 77]).permutation(n)
+    n_validation = min(n - 1, max(1, round(share * n)))
+    return np.sort(order[n_validation:]), np.sort(order[:n_validation])
+
+
+def _as_tensors(store: ImageStore, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    flux, mask = store.batch(rows)
+    return torch.from_numpy(flux), torch.from_numpy(mask), torch.from_numpy(store.noise[rows])
+
+
+# ---- network 1 -----------------------------------------------------------------------------------------------------
+
+
+def pretrain(
+    store: ImageStore,
+    folder: RunFolder,
+    config: PretrainConfig,
+    seed: int,
+    test_store: ImageStore | None = None,
+    progress: Progress | None = None,
+) -> Encoder:
+    """Train network 1 to tell the band of single-band images and keep its encoder in the run folder.
+
+    Args:
+        store: unlabelled images.
+        folder: gets ``encoder.safetensors`` and ``pretrain.json``.
+        config: of the stage.
+        seed: of every random number.
+        test_store: images that took no part, for the accuracy; the validation share of ``store`` if None.
+        progress: called with (epoch, epochs).
+
+    Returns:
+        The encoder, in eval mode.
+
+    Raises:
+        Pix2massError: no usable images, or stores with different bands.
+    """
+    if test_store is not None and test_store.grid.bands != store.grid.bands:
+        raise Pix2massError(
+            f"bands: {store.path} holds {store.grid.bands!r}, {test_store.path} holds {test_store.grid.bands!r}"
+        )
+    key = digest("pretrain", config, seed, store.checksum, test_store.checksum if test_store else None)
+    if folder.is_done("pretrain", key, folder / "encoder.safetensors", folder / "pretrain.json"):
+        return load_encoder(folder)
+    checkpoints = folder / "checkpoints" / f"pretrain-{key}"
+    with folder.stage("pretrain", key) as facts:
+        rows = np.arange(len(store))
+        fitted, validation = _split(len(rows), config.validation_share, seed)
+        classifier = _train_classifier(store, fitted, validation, config, seed, checkpoints, progress)
+        confusion = (
+            band_confusion(classifier, test_store, np.arange(len(test_store)))
+            if test_store is not None
+            else band_confusion(classifier, store, validation)
+        )
+        folder.save_weights("encoder", classifier.encoder.state_dict())
+        facts["band_accuracy"] = accuracy(confusion)
+        folder.write_json(
+            "pretrain.json",
+            {
+                "encoder": config.encoder,
+                "bands": store.grid.bands,
+                "grid": store.grid.model_dump(mode="json"),
+                "band_accuracy": accuracy(confusion),
+                "band_confusion": confusion.tolist(),
+                "tested_on": "images that took no part" if test_store is not None else "validation share",
+                "n_images": len(rows),
+                "store_checksum": store.checksum,
+            },
+        )
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return classifier.encoder
+
+
+def leave_one_group_out(
+    store: ImageStore, folder: RunFolder, config: PretrainConfig, seed: int, progress: Progress | None = None
+) -> dict[str, dict[str, Any]]:
+    """Train network 1 without one group of images (a field), test it on that group; for every group in turn.
+
+    Args:
+        store: images with at least two groups.
+        folder: gets ``band_transfer.json``.
+        config: of the pretraining.
+        seed: of every random number.
+        progress: called with (epoch, epochs) of each training.
+
+    Returns:
+        Per group: ``n`` images per band, ``band_accuracy``, and ``band_confusion`` (rows: true band, columns: told
+        band, counts).
+
+    Raises:
+        Pix2massError: fewer than two groups.
+    """
+    names = sorted(set(store.groups.tolist()))
+    if len(names) < 2:
+        raise Pix2massError(f"{store.path}: expected at least two groups of images, found {names}; add a group column")
+    results = {}
+    for index, name in enumerate(names):
+        key = digest("transfer", config, seed, store.checksum, name)
+        stage, output = f"pretrain-without-{name}", folder / f"band_transfer_{index}.json"
+        if not folder.is_done(stage, key, output):
+            checkpoints = folder / "checkpoints" / f"transfer-{key}"
+            with folder.stage(stage, key):
+                others = np.flatnonzero(store.groups != name)
+                fitted, validation = _split(len(others), config.validation_share, seed)
+                classifier = _train_classifier(
+                    store, others[fitted], others[validation], config, seed, checkpoints, progress
+                )
+                left_out = np.flatnonzero(store.groups == name)
+                confusion = band_confusion(classifier, store, left_out)
+                folder.write_json(
+                    output.name,
+                    {
+                        "n": len(left_out),
+                        "band_accuracy": accuracy(confusion),
+                        "band_confusion": confusion.tolist(),
+                    },
+                )
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        results[name] = folder.read_json(output.name)
+    folder.write_json("band_transfer.json", results)
+    return results
+
+
+def _train_classifier(
+    store: ImageStore,
+    fitted: np.ndarray,
+    validation: np.ndarray,
+    config: PretrainConfig,
+    seed: int,
+    checkpoints: Path,
+    progress: Progress | None,
+) -> BandClassifier:
+    torch.manual_seed(seed)
+    classifier = BandClassifier(Encoder(config.encoder), len(store.grid.bands))
+
+    def reader(rows: np.ndarray) -> Callable[[int, np.ndarray], dict[str, Any]]:
+        def read(epoch: int, indices: np.ndarray) -> dict[str, Any]:
+            images, band = _single_band_images(store, rows[indices])
+            if epoch >= 0:
+                rng = np.random.default_rng([seed, epoch, int(indices[0])])
+                views = rng.integers(8, size=len(images))
+                gain = np.exp(_GAIN_JITTER * rng.standard_normal(len(images))).astype(np.float32)
+                images = torch.stack([dihedral(image, view) for image, view in zip(images, views, strict=True)])
+                images = torch.asinh(torch.sinh(images) * torch.from_numpy(gain)[:, None, None, None])
+            return {"images": images, "band": band}
+
+        return read
+
+    def step(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        return F.cross_entropy(classifier(batch["images"]), batch["band"]), len(batch["band"])
+
+    cutouts_per_batch = max(1, config.batch_size // len(store.grid.bands))
+    fitted, validation = (rows[_has_band(store, rows).any(axis=1)] for rows in (fitted, validation))
+    if len(fitted) < 2 or len(validation) < 1:
+        raise Pix2massError(f"{store.path}: too few images with usable pixels to train on ({len(fitted)})")
+    _fit(
+        classifier,
+        step,
+        _loader(len(fitted), reader(fitted), cutouts_per_batch, seed),
+        _loader(len(validation), reader(validation), _PREDICT_BATCH, None),
+        config,
+        config.epochs,
+        seed,
+        checkpoints,
+        progress,
+    )
+    return classifier
+
+
+def _has_band(store: ImageStore, rows: np.ndarray) -> np.ndarray:
+    """Whether each cutout has a noise level in each band, (n, n_bands)."""
+    return np.isfinite(store.noise[rows])
+
+
+def _single_band_images(store: ImageStore, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """All sufficiently covered single-band images of some rows (m, 1, h, w), and the number of their band (m,)."""
+    flux, mask, noise = _as_tensors(store, rows)
+    images, _ = prepare(flux, mask, noise)
+    covered = (~mask).float().mean(dim=(2, 3)) >= _MIN_BAND_COVERAGE
+    if not covered.any():  # a batch must not be empty; these images are the least bad
+        covered = torch.isfinite(noise)
+    return images[covered][:, None], torch.nonzero(covered)[:, 1]
+
+
+@torch.no_grad()
+def band_confusion(classifier: BandClassifier, store: ImageStore, rows: np.ndarray) -> np.ndarray:
+    """Counts (n_bands, n_bands) of true band (rows) against told band (columns) over a store's rows."""
+    n_bands = len(store.grid.bands)
+    confusion = np.zeros((n_bands, n_bands), int)
+    usable = rows[_has_band(store, rows).any(axis=1)]
+    for start in range(0, len(usable), _PREDICT_BATCH):
+        images, band = _single_band_images(store, usable[start : start + _PREDICT_BATCH])
+        np.add.at(confusion, (band.numpy(), classifier(images).argmax(dim=1).numpy()), 1)
+    return confusion
+
+
+def accuracy(confusion: np.ndarray) -> float:
+    """Share of the images on the diagonal of a confusion matrix."""
+    return float(np.trace(confusion) / max(1, confusion.sum()))
+
+
+def load_encoder(folder: RunFolder) -> Encoder:
+    """The pretrained encoder of a run, in eval mode.
+
+    Raises:
+        Pix2massError: the run has no encoder.
+    """
+    encoder = Encoder(folder.read_json("pretrain.json")["encoder"])
+    encoder.load_state_dict(folder.load_weights("encoder"))
+    return encoder.eval()
+
+
+# ---- network 2 -----------------------------------------------------------------------------------------------------
+
+
+class _Labelled:
+    """Labelled clusters as arrays: rows of the store, redshift, label, its error."""
+
+    def __init__(self, store: ImageStore, catalog: QTable, use_redshift: bool) -> None:
+        label = np.asarray(catalog["log10_m500c"], float)
+        ids = np.array([str(cluster_id) for cluster_id in catalog["id"]])
+        rows = store.rows(ids.tolist())
+        usable = np.isfinite(label) & np.isfinite(store.noise[rows]).any(axis=1)
+        self.z = np.asarray(catalog["z"], float)[usable]
+        if use_redshift and not np.isfinite(self.z).all():
+            missing = ids[usable][~np.isfinite(self.z)][:5]
+            raise Pix2massError(
+                f"{len(missing)} or more labelled clusters have no redshift ({', '.join(missing)}); "
+                "fill column z or train with --no-use-redshift"
+            )
+        self.z = np.nan_to_num(self.z)
+        self.ids, self.rows, self.label = ids[usable], rows[usable], label[usable]
+        # A label without an error: its noise then counts as the network's own.
+        self.label_err = np.nan_to_num(np.asarray(catalog["log10_m500c_err"], float)[usable])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def train(
+    store: ImageStore,
+    catalog: QTable,
+    fold: np.ndarray,
+    folder: RunFolder,
+    config: TrainConfig,
+    seed: int,
+    name: str = "train",
+    progress: Progress | None = None,
+) -> QTable:
+    """Train network 2 once per fold, predict each cluster with the network that has not seen it.
+
+    Args:
+        store: images of the labelled clusters.
+        catalog: columns id, z, log10_m500c, log10_m500c_err.
+        fold: fold number of each row of the catalogue, shape (n,).
+        folder: has the encoder of :func:`pretrain` (unless from scratch); gets one ``fold-K.safetensors`` per fold,
+            ``model.json`` and, returned as well, ``out_of_fold.ecsv``.
+        config: of the stage.
+        seed: of every random number.
+        name: of the stage; any other than "train" is a null test and keeps no weights.
+        progress: called with (epochs done, epochs in all folds).
+
+    Returns:
+        Columns id, fold, log10_m500c, log10_m500c_err: out-of-fold estimates with calibrated errors, one row per
+        labelled cluster that has pixels.
+
+    Raises:
+        Pix2massError: bands differ from the encoder's, redshifts missing, or too few clusters.
+    """
+    if config.from_scratch:
+        pretrained, encoder_name = None, folder.read_json("pretrain.json")["encoder"]
+    else:
+        info = folder.read_json("pretrain.json")
+        if info["bands"] != store.grid.bands:
+            raise Pix2massError(
+                f"{folder.path}: network 1 was trained on bands {info['bands']!r}, {store.path} holds "
+                f"{store.grid.bands!r}; build the store with --bands {info['bands']} or pretrain again"
+            )
+        pretrained, encoder_name = folder.load_weights("encoder"), info["encoder"]
+    data = _Labelled(store, catalog, config.use_redshift)
+    in_data = {cluster_id: index for index, cluster_id in enumerate(data.ids)}
+    fold = np.array([fold[i] for i, cluster_id in enumerate(catalog["id"]) if str(cluster_id) in in_data], dtype=int)
+    labels = [float(value) for value in data.label]
+    key = digest(
+        name, config, seed, store.checksum, labels, fold.tolist(), folder.stages.get("pretrain", {}).get("key")
+    )
+    table_path = folder / f"{name}-out-of-fold.ecsv"
+    if folder.is_done(name, key, table_path):
+        return QTable.read(table_path, format="ascii.ecsv")
+
+    checkpoints = folder / "checkpoints" / f"{name}-{key}"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    n_folds = int(fold.max()) + 1
+    mean, sigma = np.full(len(data), np.nan), np.full(len(data), np.nan)
+    with folder.stage(name, key) as facts:
+        frozen = None
+        if config.freeze_encoder:
+            encoder = Encoder(encoder_name)
+            encoder.load_state_dict(pretrained or {})
+            frozen = _FrozenFeatures(encoder.eval(), store, data.rows, config.views, checkpoints)
+        for k in range(n_folds):
+            regressor = _new_regressor(encoder_name, pretrained, len(store.grid.bands), config, seed * 1000 + k)
+            weights = checkpoints / f"fold-{k}.pt"
+            test = np.flatnonzero(fold == k)
+            if weights.exists():
+                regressor.load_state_dict(torch.load(weights, weights_only=True))
+                regressor.eval()
+            else:
+                _train_fold(
+                    regressor,
+                    store,
+                    data,
+                    np.flatnonzero(fold != k),
+                    frozen,
+                    config,
+                    seed * 1000 + k,
+                    checkpoints / str(k),
+                    (lambda done, total, k=k: progress(k * total + done, n_folds * total)) if progress else None,
+                )
+                part = weights.with_suffix(".part")
+                torch.save(regressor.state_dict(), part)
+                part.replace(weights)
+            mean[test], sigma[test] = _estimate(regressor, store, data, test, frozen, config.views)
+            if name == "train":
+                folder.save_weights(f"fold-{k}", regressor.state_dict())
+            if progress:
+                progress((k + 1) * config.epochs, n_folds * config.epochs)
+        scale = np.array(
+            [
+                error_scale(*(values[fold != k] for values in (mean, sigma, data.label, data.label_err)))
+                for k in range(n_folds)
+            ]
+        )
+        table = QTable(
+            {"id": data.ids, "fold": fold, "log10_m500c": mean, "log10_m500c_err": sigma * scale[fold]},
+            meta={"errors": "scaled so that 68% of the other folds' labels are covered"},
+        )
+        part = table_path.with_name(f".{table_path.name}.part")
+        table.write(part, format="ascii.ecsv", overwrite=True)
+        part.replace(table_path)
+        if name == "train":
+            covered = _coverage(store, data.rows)
+            folder.write_json(
+                "model.json",
+                {
+                    "bands": store.grid.bands,
+                    "grid": store.grid.model_dump(mode="json"),
+                    "encoder": encoder_name,
+                    "use_redshift": config.use_redshift,
+                    "folds": n_folds,
+                    "views": config.views,
+                    "error_scale": error_scale(mean, sigma, data.label, data.label_err),
+                    "z_range": [float(data.z.min()), float(data.z.max())],
+                    "label_range": [float(data.label.min()), float(data.label.max())],
+                    "min_coverage": 0.4 if config.edge_probability > 0 else float(covered.min()),
+                    "prior": "the distribution of the training labels",
+                    "trained_on": "mock sky" if "log10_m500c_true" in catalog.colnames else "real observations",
+                },
+            )
+        facts["folds"] = n_folds
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return table
+
+
+def _coverage(store: ImageStore, rows: np.ndarray) -> np.ndarray:
+    """Usable share of the pixels of each row."""
+    parts = [1.0 - store.batch(rows[i : i + 256])[1].mean(axis=(1, 2, 3)) for i in range(0, len(rows), 256)]
+    return np.concatenate(parts)
+
+
+def _new_regressor(
+    encoder_name: str, pretrained: dict[str, Tensor] | None, n_bands: int, config: TrainConfig, seed: int
+) -> MassRegressor:
+    torch.manual_seed(seed)
+    encoder = Encoder(encoder_name)
+    if pretrained is not None:
+        encoder.load_state_dict(pretrained)
+    return MassRegressor(encoder, n_bands, config.use_redshift)
+
+
+class _FrozenFeatures:
+    """Feature maps of every labelled cluster in several views, computed once and kept on disk for all folds."""
+
+    def __init__(self, encoder: Encoder, store: ImageStore, rows: np.ndarray, views: int, cache: Path) -> None:
+        done = cache / "features.done"
+        n_pixels = store.grid.n_pixels
+        probe = encoder(torch.zeros(1, 1, n_pixels, n_pixels))
+        # Channels last: the layout in which mixing them is fastest.
+        shapes = [(len(rows), views, *level.shape[2:], len(store.grid.bands) * level.shape[1]) for level in probe]
+        files = [cache / f"features-{level}.npy" for level in range(len(shapes))]
+        if not done.exists():
+            arrays = [
+                np.lib.format.open_memmap(file, "w+", np.float16, shape)
+                for file, shape in zip(files, shapes, strict=True)
+            ]
+            with torch.no_grad():
+                for start in range(0, len(rows), _PREDICT_BATCH):
+                    part = slice(start, min(start + _PREDICT_BATCH, len(rows)))
+                    images, _ = prepare(*_as_tensors(store, rows[part]))
+                    n, n_bands = images.shape[:2]
+                    for view in range(views):
+                        single = dihedral(images, view).reshape(n * n_bands, 1, *images.shape[2:])
+                        for array, level in zip(arrays, encoder(single), strict=True):
+                            maps = level.reshape(n, -1, *level.shape[2:])
+                            array[part, view] = maps.permute(0, 2, 3, 1).half().numpy()
+            for array in arrays:
+                array.flush()
+            done.touch()
+        self._arrays = [np.load(file, mmap_mode="r") for file in files]
+
+    def read(self, indices: np.ndarray, views: np.ndarray) -> list[Tensor]:
+        parts = (torch.from_numpy(np.asarray(array[indices, views])) for array in self._arrays)
+        return [part.float().permute(0, 3, 1, 2) for part in parts]
+
+
+def _train_fold(
+    regressor: MassRegressor,
+    store: ImageStore,
+    data: _Labelled,
+    part: np.ndarray,
+    frozen: _FrozenFeatures | None,
+    config: TrainConfig,
+    seed: int,
+    checkpoints: Path,
+    progress: Progress | None,
+) -> None:
+    """Train one regressor on a part of the labelled clusters; the scaler sees that part's training share alone."""
+    fitted, validation = (part[indices] for indices in _split(len(part), config.validation_share, seed))
+    if len(fitted) < 8:
+        raise Pix2massError(f"{len(fitted)} clusters are left to train a fold on, expected at least 8; use fewer folds")
+    views = config.views
+    sample = fitted[:_SCALER_SAMPLE]
+    if frozen is not None:
+        regressor.encoder.requires_grad_(False)
+        levels = frozen.read(sample, np.zeros(len(sample), int))
+    else:
+        with torch.no_grad():
+            levels = regressor.eval().features(prepare(*_as_tensors(store, data.rows[sample]))[0])
+    regressor.fit_scaler(torch.tensor(data.label[fitted]).float(), torch.tensor(data.z[fitted]).float(), levels)
+
+    def reader(members: np.ndarray) -> Callable[[int, np.ndarray], dict[str, Any]]:
+        def read(epoch: int, indices: np.ndarray) -> dict[str, Any]:
+            chosen = members[indices]
+            rng = np.random.default_rng([seed, max(epoch, 0), int(indices[0])])
+            view = rng.integers(views, size=len(chosen)) if epoch >= 0 else np.zeros(len(chosen), int)
+            flux, mask, noise = _as_tensors(store, data.rows[chosen])
+            valid = usable_share(mask, noise)
+            valid = torch.stack([dihedral(one, int(v)) for one, v in zip(valid, view, strict=True)])
+            batch: dict[str, Any] = {}
+            if epoch >= 0:
+                valid = valid * _random_edges(len(chosen), valid.shape[-1], config.edge_probability, rng)
+            if frozen is not None:
+                batch["levels"] = frozen.read(chosen, view)
+            else:
+                images, _ = prepare(flux, mask, noise)
+                images = torch.stack([dihedral(one, int(v)) for one, v in zip(images, view, strict=True)])
+                batch["images"] = images * (valid > 0)[:, None]
+            for name, values in (("z", data.z), ("label", data.label), ("label_err", data.label_err)):
+                batch[name] = torch.tensor(values[chosen], dtype=torch.float32)
+            return {**batch, "valid": valid}
+
+        return read
+
+    def step(batch: dict[str, Any]) -> tuple[Tensor, int]:
+        if frozen is not None:
+            regressor.encoder.eval()  # its batch statistics must not move
+            mean, sigma = regressor.from_features(batch["levels"], batch["valid"], batch["z"])
+        else:
+            mean, sigma = regressor(batch["images"], batch["valid"], batch["z"])
+        loss = negative_log_likelihood(mean, sigma, batch["label"], batch["label_err"])
+        return loss, len(mean)
+
+    _fit(
+        regressor,
+        step,
+        _loader(len(fitted), reader(fitted), config.batch_size, seed),
+        _loader(len(validation), reader(validation), _PREDICT_BATCH, None),
+        config,
+        config.epochs,
+        seed,
+        checkpoints,
+        progress,
+    )
+
+
+def _random_edges(n: int, n_pixels: int, probability: float, rng: np.random.Generator) -> Tensor:
+    """Masks (n, h, w): 1 where kept, 0 beyond a straight edge of random direction and distance from the centre."""
+    grid = (np.arange(n_pixels) + 0.5) / n_pixels * 2 - 1
+    angle = rng.uniform(0, 2 * np.pi, n)
+    distance = np.where(rng.random(n) < probability, rng.uniform(0.0, 1.0, n), np.inf)
+    along = np.cos(angle)[:, None, None] * grid + np.sin(angle)[:, None, None] * grid[:, None]
+    return torch.from_numpy((along < distance[:, None, None]).astype(np.float32))
+
+
+@torch.no_grad()
+def _estimate(
+    regressor: MassRegressor,
+    store: ImageStore,
+    data: _Labelled,
+    part: np.ndarray,
+    frozen: _FrozenFeatures | None,
+    views: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sigma of some clusters, averaged over views."""
+    results = []
+    for start in range(0, len(part), _PREDICT_BATCH):
+        chosen = part[start : start + _PREDICT_BATCH]
+        z = torch.tensor(data.z[chosen], dtype=torch.float32)
+        flux, mask, noise = _as_tensors(store, data.rows[chosen])
+        valid = usable_share(mask, noise)
+        images = None if frozen is not None else prepare(flux, mask, noise)[0]
+        per_view = []
+        for view in range(views):
+            levels = (
+                frozen.read(chosen, np.full(len(chosen), view))
+                if frozen is not None
+                else regressor.features(dihedral(images, view))
+            )
+            per_view.append(regressor.from_features(levels, dihedral(valid, view), z))
+        results.append(combine(*(torch.stack(values) for values in zip(*per_view, strict=True))))
+    mean, sigma = (torch.cat(values).numpy().astype(float) for values in zip(*results, strict=True))
+    return mean, sigma
+
+
+def error_scale(mean: np.ndarray, sigma: np.ndarray, label: np.ndarray, label_err: np.ndarray) -> float:
+    """Factor on sigma with which 68.27% of the labels lie within one standard deviation, label errors included.
+
+    Args:
+        mean: (n,) out-of-fold estimates.
+        sigma: (n,) their standard deviations as the network gives them.
+        label: (n,) measured log10 M500c.
+        label_err: (n,) their standard errors.
+
+    Returns:
+        The factor, between 0.2 and 5, found by bisection.
+    """
+    low, high = 0.2, 5.0
+    for _ in range(40):
+        middle = np.sqrt(low * high)
+        inside = np.abs(label - mean) <= np.sqrt((middle * sigma) ** 2 + label_err**2)
+        low, high = (low, middle) if inside.mean() > 0.6827 else (middle, high)
+    return float(np.sqrt(low * high))

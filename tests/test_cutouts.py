@@ -1,0 +1,193 @@
+"""Cutouts from a user's own FITS files."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from _frames import frame_wcs, gaussian
+from astropy.io import fits
+from astropy.wcs import WCS
+
+from pix2mass.config import GridConfig
+from pix2mass.images.cutouts import CutoutSource
+from pix2mass.types import Flag, Pix2massError
+
+RA, DEC = 80.0, -45.0
+SHAPE = (150, 150)
+GRID = GridConfig(bands="gr", width_arcsec=32.0, n_pixels=40)
+CLUSTER = {"id": "A-1", "ra_deg": RA, "dec_deg": DEC, "z": 0.2}
+NOISE = 0.05
+
+
+def image(seed: int = 0, wcs: WCS | None = None) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return gaussian(SHAPE, wcs or frame_wcs(RA, DEC, SHAPE, 25.0), RA, DEC, 100.0, 2.0) + rng.normal(0, NOISE, SHAPE)
+
+
+def write(path: Path, data: np.ndarray | None = None, wcs: WCS | None = None, unit: str | None = None, **extensions):
+    header = (wcs or frame_wcs(RA, DEC, SHAPE, 25.0)).to_header()
+    if unit:
+        header["BUNIT"] = unit
+    hdus = [fits.PrimaryHDU(image() if data is None else data, header)]
+    hdus += [fits.ImageHDU(np.asarray(value, np.float32), name=name) for name, value in extensions.items()]
+    fits.HDUList(hdus).writeto(path, overwrite=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for band in "gr":
+        write(tmp_path / f"A-1-{band}.fits", SIGMA=np.full(SHAPE, NOISE))
+    return tmp_path
+
+
+def cutout(folder: Path, cluster=CLUSTER, grid=GRID):
+    with CutoutSource(f"{folder}/{{id}}-{{band}}.fits", grid) as source:
+        return source.cutout(cluster)
+
+
+def quiet_cutout(folder: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return cutout(folder)
+
+
+def test_flux_sigma_and_place(folder):
+    result = quiet_cutout(folder)
+    assert result.flags == Flag(0) and result.coverage == 1.0 and result.bands == "gr"
+    assert np.isnan(result.psf_fwhm_arcsec).all()
+    assert result.flux.sum(axis=(1, 2)) == pytest.approx([100.0] * 2, abs=5 * NOISE * 80)
+    rows, cols = np.indices((40, 40))
+    core = np.hypot(rows - 19.5, cols - 19.5) < 6
+    flux = result.flux[0] * core
+    assert (flux * cols).sum() / flux.sum() == pytest.approx(19.5, abs=0.05)
+    corner = (slice(None), slice(0, 10))
+    assert np.std(result.flux[0][corner]) == pytest.approx(np.median(result.sigma[0][corner]), rel=0.1)
+
+
+def test_scatter_stands_in_for_a_missing_sigma(folder):
+    given = cutout(folder)
+    for band in "gr":
+        write(folder / f"A-1-{band}.fits")
+    measured = quiet_cutout(folder)
+    assert measured.flags == Flag.SIGMA_APPROXIMATE
+    assert np.median(measured.sigma) == pytest.approx(np.median(given.sigma), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["IVAR", "INVVAR"])
+def test_inverse_variance_and_mask(folder, name):
+    given = cutout(folder)
+    ivar, mask = np.full(SHAPE, NOISE**-2), np.zeros(SHAPE)
+    mask[70:80, 70:80] = 1
+    write(folder / "A-1-g.fits", MASK=mask, **{name: ivar})
+    result = quiet_cutout(folder)
+    assert result.flags == Flag(0)
+    assert 5 < result.mask[0].sum() < 60 and not result.mask[1].any()
+    assert np.allclose(result.sigma[0][:5], given.sigma[0][:5], rtol=1e-4)
+
+
+def test_other_pixel_scales_frames_of_the_sky_and_psf(folder):
+    # A galactic-coordinate image of 1" pixels.
+    from astropy.coordinates import SkyCoord
+
+    place = SkyCoord(RA, DEC, unit="deg").galactic
+    wcs = WCS(naxis=2)
+    wcs.wcs.ctype = ["GLON-TAN", "GLAT-TAN"]
+    wcs.wcs.crval = [place.l.deg, place.b.deg]  # type: ignore[union-attr]
+    wcs.wcs.crpix = [40.5, 40.5]
+    wcs.wcs.cdelt = [-1 / 3600, 1 / 3600]
+    rows, cols = np.indices((80, 80))
+    data = 100 * np.exp(-0.5 * ((rows - 39.5) ** 2 + (cols - 39.5) ** 2) / 4) / (2 * np.pi * 4)
+    header = wcs.to_header()
+    header["PSF_FWHM"] = 1.1
+    sigma = fits.ImageHDU(np.full((80, 80), 0.1), name="SIGMA")
+    fits.HDUList([fits.PrimaryHDU(data, header), sigma]).writeto(folder / "A-1-g.fits", overwrite=True)
+    result = quiet_cutout(folder)
+    assert result.flags == Flag(0)
+    assert result.psf_fwhm_arcsec[0] == pytest.approx(1.1)
+    assert result.flux[0].sum() == pytest.approx(100.0, rel=1e-3)
+    rows, cols = np.indices((40, 40))
+    assert (result.flux[0] * cols).sum() / 100.0 == pytest.approx(19.5, abs=0.05)
+
+
+def test_missing_files(folder):
+    (folder / "A-1-r.fits").unlink()
+    assert cutout(folder).flags == Flag.MISSING_BAND
+    (folder / "A-1-g.fits").unlink()
+    result = cutout(folder)
+    assert result.flags == Flag.OUTSIDE and result.mask.all()
+
+
+def test_image_smaller_than_the_grid_or_elsewhere(folder):
+    wide = GRID.model_copy(update={"width_arcsec": 120.0})
+    assert cutout(folder, grid=wide).flags == Flag.PARTLY_OUTSIDE
+    assert cutout(folder, {**CLUSTER, "ra_deg": RA + 1}).flags == Flag.OUTSIDE
+
+
+@pytest.mark.parametrize("unit", ["nanomaggy", "nanomaggies", "nMgy", "nanomaggies / pixel"])
+def test_accepted_units(folder, unit):
+    write(folder / "A-1-g.fits", unit=unit, SIGMA=np.full(SHAPE, NOISE))
+    assert quiet_cutout(folder).flags == Flag(0)
+
+
+def test_other_units_are_refused(folder):
+    write(folder / "A-1-g.fits", unit="Jy/beam")
+    with pytest.raises(Pix2massError, match=r"A-1-g\.fits: expected BUNIT.*'Jy/beam'"):
+        cutout(folder)
+
+
+@pytest.mark.parametrize("damage", ["no WCS", "truncated", "text", "cube", "no image", "shapes"])
+def test_damaged_files_are_flagged_and_named(folder, damage):
+    path = folder / "A-1-g.fits"
+    if damage == "no WCS":
+        fits.PrimaryHDU(image()).writeto(path, overwrite=True)
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:20000])
+    elif damage == "text":
+        path.write_text("not an image")
+    elif damage == "cube":
+        fits.PrimaryHDU(np.zeros((3, 10, 10))).writeto(path, overwrite=True)
+    elif damage == "no image":
+        fits.PrimaryHDU().writeto(path, overwrite=True)
+    else:
+        write(path, SIGMA=np.ones((3, 3)))
+    with pytest.warns(UserWarning, match=r"A-1-g\.fits: .*band g is missing"):
+        result = cutout(folder)
+    assert result.flags == Flag.UNREADABLE | Flag.MISSING_BAND
+    assert result.mask[0].all() and not result.mask[1].any()
+
+
+def test_nan_pixels_are_masked_flagged_and_named(folder):
+    data, sigma = image(), np.full(SHAPE, NOISE)
+    data[70:80, 70:80] = np.nan
+    sigma[10, 10] = -1.0
+    write(folder / "A-1-g.fits", data, SIGMA=sigma)
+    with pytest.warns(UserWarning, match=r"A-1-g\.fits: pixels that are not finite"):
+        result = cutout(folder)
+    assert result.flags == Flag.BAD_PIXELS
+    assert result.mask[0].any() and np.isfinite(result.flux).all()
+
+
+@pytest.mark.parametrize("identifier", ["../A-1", "a/b", "a\\b", "..", "a\0b", "", "/etc/passwd"])
+def test_ids_must_not_leave_the_folder(folder, identifier):
+    with pytest.raises(Pix2massError, match="id .*expected a name without"):
+        cutout(folder, {**CLUSTER, "id": identifier})
+
+
+def test_braces_in_an_id_are_plain_text(folder):
+    (folder / "A-1-g.fits").rename(folder / "{band}-g.fits")
+    assert cutout(folder, {**CLUSTER, "id": "{band}"}).flags == Flag.MISSING_BAND
+
+
+def test_unusable_patterns_and_clusters_are_refused(folder):
+    with pytest.raises(Pix2massError, match="band"):
+        CutoutSource(f"{folder}/{{id}}.fits", GRID)
+    with pytest.raises(Pix2massError, match="no such folder"):
+        CutoutSource("/nowhere/{id}-{band}.fits", GRID)
+    with pytest.raises(Pix2massError, match="expected a column id"):
+        cutout(folder, {"ra_deg": RA, "dec_deg": DEC})
+    for change in ({"ra_deg": np.nan}, {"z": -1.0}):
+        with pytest.raises(Pix2massError, match="A-1"):
+            cutout(folder, {**CLUSTER, **change}, GridConfig(bands="gr"))

@@ -1,0 +1,424 @@
+"""Cutouts from synthetic frames: flux, noise, overlaps, flags, damaged files, the index and HTTP."""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import io
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from _frames import CALIB, SKY_COUNTS, frame_bytes, frame_wcs, gaussian, write_frame, write_photo_field
+from astropy.io import fits
+from astropy.table import QTable, Table
+
+import pix2mass.images.frames as frames_module
+from pix2mass.config import GridConfig
+from pix2mass.images.frames import (
+    FRAMES_FOLDER,
+    SATURATION_COUNTS,
+    Field,
+    FrameIndex,
+    FrameSource,
+    random_positions,
+    tabulated_noise,
+)
+from pix2mass.types import Flag, Pix2massError
+
+RA, DEC = 200.0, 1.0
+SHAPE = (160, 200)
+GRID = GridConfig(bands="gri", width_arcsec=38.4, n_pixels=48)
+CLUSTER = {"id": "c1", "ra_deg": RA, "dec_deg": DEC, "z": 0.2}
+GAIN, DARK = 4.0, 2.0
+
+
+def make_archive(base: Path, bands: str = "gri", **changes: np.ndarray) -> Path:
+    """One field with a 100 nanomaggy source at its centre; band g is shifted by ten pixels."""
+    for band in bands:
+        wcs = frame_wcs(RA, DEC + (10 * 0.396 / 3600 if band == "g" else 0.0), SHAPE)
+        flux = changes.get(band, gaussian(SHAPE, wcs, RA, DEC, 100.0, 1.5))
+        write_frame(base, flux, wcs, 3000, 2, 40, band)
+    write_photo_field(base, 3000, 2, [39, 40, 41], GAIN, DARK)
+    return base
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    return make_archive(tmp_path)
+
+
+def cutout(base: Path | str, cluster=CLUSTER, grid=GRID, **kwargs):
+    with FrameSource(base, grid, **kwargs) as source:
+        return source.cutout(cluster)
+
+
+def test_flux_sigma_psf_and_alignment(archive):
+    result = cutout(archive)
+    assert result.flags == Flag(0) and result.coverage == 1.0
+    assert result.flux.sum(axis=(1, 2)) == pytest.approx([100.0] * 3, rel=1e-4)
+    rows, cols = np.indices((48, 48))
+    for band in result.flux:
+        assert (band * cols).sum() / band.sum() == pytest.approx(23.5, abs=0.01)
+        assert (band * rows).sum() / band.sum() == pytest.approx(23.5, abs=0.01)
+    assert np.allclose(result.psf_fwhm_arcsec, 1.3)
+
+
+def test_sigma_is_the_formula_of_the_frame_data_model(archive):
+    # Pixels of exactly 2 x 2 frame pixels; the corner is blank.
+    result = cutout(archive, grid=GRID.model_copy(update={"width_arcsec": 48 * 0.792}))
+    for k, band in enumerate("gri"):
+        variance = 4 * CALIB[band] ** 2 * (SKY_COUNTS / GAIN + DARK)
+        assert result.sigma[k, :10, :10] == pytest.approx(np.sqrt(variance), rel=1e-3)
+
+
+def test_measured_scatter_is_the_propagated_sigma(tmp_path):
+    rng = np.random.default_rng(1)
+    sigma = CALIB["r"] * np.sqrt(SKY_COUNTS / GAIN + DARK)
+    make_archive(tmp_path, "r", r=rng.normal(0.0, sigma, SHAPE))
+    result = cutout(tmp_path, grid=GRID.model_copy(update={"bands": "r"}))
+    assert np.std(result.flux / result.sigma) == pytest.approx(1.0, abs=0.06)
+
+
+def test_without_photo_field_sigma_is_approximate_and_follows_the_tables(archive):
+    exact = cutout(archive)
+    (archive / "dr12/boss/photoObj/301/3000/photoField-003000-2.fits").unlink()
+    result = cutout(archive)
+    assert result.flags == Flag.SIGMA_APPROXIMATE
+    assert np.isnan(result.psf_fwhm_arcsec).all()
+    gain, dark = tabulated_noise(3000, 2)
+    expected = (SKY_COUNTS / gain[1:4] + dark[1:4]) / (SKY_COUNTS / GAIN + DARK)
+    measured = (result.sigma[:, :10, :10] ** 2).mean(axis=(1, 2)) / (exact.sigma[:, :10, :10] ** 2).mean(axis=(1, 2))
+    assert measured == pytest.approx(expected, rel=1e-3)
+
+
+def test_tables_of_gain_and_dark_variance_change_with_the_run():
+    assert tabulated_noise(94, 2)[0][0] == 1.595 and tabulated_noise(1101, 2)[0][0] == 1.825
+    assert tabulated_noise(1500, 4)[1][[3, 4]].tolist() == [6.25, 9.61]
+    assert tabulated_noise(1501, 4)[1][[3, 4]].tolist() == [7.5625, 12.6025]
+
+
+def test_fields_of_one_run_are_not_averaged_and_seams_conserve_flux(tmp_path):
+    # The second field repeats the last 40 rows of the first: the same exposure, so sigma must not shrink.
+    full_shape = (280, 200)
+    wcs = frame_wcs(RA, DEC, full_shape)
+    flux = gaussian(full_shape, wcs, RA, DEC, 100.0, 2.0)
+    write_frame(tmp_path, flux[:160], wcs, 3000, 2, 40, "r")
+    write_frame(tmp_path, flux[120:], wcs[120:], 3000, 2, 41, "r")
+    write_photo_field(tmp_path, 3000, 2, [40, 41], GAIN, DARK)
+    result = cutout(tmp_path, grid=GRID.model_copy(update={"bands": "r"}))
+    assert result.flags == Flag(0) and result.coverage == 1.0
+    assert result.flux.sum() == pytest.approx(100.0, rel=1e-3)
+    edge = result.sigma[0][[0, -1]]
+    assert np.ptp(edge) < 0.2 * edge.mean()
+
+
+def test_different_runs_are_averaged_without_double_counting(tmp_path):
+    for run, angle in ((3000, 90.0), (4000, 20.0)):
+        wcs = frame_wcs(RA, DEC, SHAPE, angle)
+        write_frame(tmp_path, gaussian(SHAPE, wcs, RA, DEC, 100.0, 1.5), wcs, run, 2, 40, "r")
+        write_photo_field(tmp_path, run, 2, [40], GAIN, DARK)
+    grid = GRID.model_copy(update={"bands": "r"})
+    both = cutout(tmp_path, grid=grid)
+    one = cutout(make_archive(tmp_path / "one", "r"), grid=grid)
+    assert both.flux.sum() == pytest.approx(100.0, rel=2e-3)
+    ratio = np.median(both.sigma[0, :8, :8]) / np.median(one.sigma[0, :8, :8])
+    assert ratio == pytest.approx(np.sqrt(0.5), rel=0.06)
+
+
+def test_two_halves_of_a_pixel_from_two_runs_make_one(tmp_path):
+    # Two runs meet on the cutout's middle row, and each covers less than half of some pixels there.
+    for run, shift in ((3000, 1), (4000, -1)):
+        wcs = frame_wcs(RA, DEC + shift * 30.0 / 3600, (200, 152), 0.0)
+        write_frame(tmp_path, np.full((200, 152), 1.0), wcs, run, 2, 40, "r")
+    wide = GridConfig(bands="r", width_arcsec=45.0, n_pixels=9)
+    result = cutout(tmp_path, grid=wide)
+    assert result.coverage == 1.0
+    assert np.allclose(result.flux, (5.0 / 0.396) ** 2, rtol=1e-2)
+
+
+def test_partly_outside_and_outside(archive):
+    edge = {**CLUSTER, "ra_deg": RA + 0.007}
+    result = cutout(archive, edge)
+    assert Flag.PARTLY_OUTSIDE in result.flags and Flag.MISSING_BAND not in result.flags
+    assert 0.1 < result.coverage < 0.95
+    assert (result.flux[result.mask] == 0).all() and (result.sigma[result.mask] == 0).all()
+    assert (result.sigma[~result.mask] > 0).all()
+    far = cutout(archive, {**CLUSTER, "ra_deg": RA + 1.0})
+    assert far.flags == Flag.OUTSIDE and far.mask.all() and far.bands == "gri"
+
+
+def test_empty_archive_listing_of_damaged_headers(archive):
+    # No sibling band is left to tell where the field lies.
+    for band in "gri":
+        frame_path(archive, band).write_bytes(b"x" * 100)
+    with pytest.warns(UserWarning, match="left out of the index"), pytest.raises(Pix2massError, match="found none"):
+        FrameIndex.from_base(archive)
+
+
+def test_missing_band(tmp_path):
+    result = cutout(make_archive(tmp_path, "gi"))
+    assert result.flags == Flag.MISSING_BAND
+    assert result.mask[1].all() and not result.mask[[0, 2]].any()
+
+
+def frame_path(base: Path, band: str) -> Path:
+    return base / FRAMES_FOLDER / f"3000/2/frame-{band}-003000-2-0040.fits.bz2"
+
+
+def frame_of(field: int = 40, band: str = "r", run: int = 3000) -> bytes:
+    wcs = frame_wcs(RA, DEC, SHAPE)
+    return frame_bytes(np.zeros(SHAPE), wcs, run, 2, field, band)
+
+
+def only_primary() -> bytes:
+    with fits.open(io.BytesIO(frame_of())) as hdus:
+        buffer = io.BytesIO()
+        hdus[0].writeto(buffer)
+    return buffer.getvalue()
+
+
+DAMAGE = {
+    "truncated bzip2": (lambda data: data[: len(data) // 2], "truncated"),
+    "empty": (lambda data: b"", "truncated|not a FITS"),
+    "not bzip2": (lambda data: b"<html>404</html>" * 300, "not a bzip2 file"),
+    "not FITS": (lambda data: bz2.compress(b"hello world" * 3000), "not a FITS file"),
+    "wrong band": (lambda data: bz2.compress(frame_of(band="g")), "wrong frame.*FILTER"),
+    "wrong run": (lambda data: bz2.compress(frame_of(run=3001)), "wrong frame.*RUN"),
+    "wrong field": (lambda data: bz2.compress(frame_of(field=41)), "wrong frame.*FIELD"),
+    "truncated FITS": (lambda data: bz2.compress(frame_of()[:40000]), "truncated, or parts missing"),
+    "missing HDU": (lambda data: bz2.compress(only_primary()), "truncated, or parts missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_unreadable_frame_is_flagged_named_and_the_rest_goes_on(archive, damage):
+    spoil, message = DAMAGE[damage]
+    path = frame_path(archive, "r")
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.warns(UserWarning, match=f"frame-r-003000-2-0040.*({message})"):
+        result = cutout(archive)
+    assert result.flags == Flag.UNREADABLE | Flag.MISSING_BAND
+    assert result.mask[1].all() and not result.mask[[0, 2]].any()
+
+
+def test_frame_gone_since_the_index_was_made(archive):
+    index = FrameIndex.from_base(archive)
+    frame_path(archive, "g").unlink()
+    with pytest.warns(UserWarning, match="no such file, though the frame index lists it"):
+        result = cutout(archive, index=index)
+    assert result.flags == Flag.UNREADABLE | Flag.MISSING_BAND
+
+
+def test_all_bands_unreadable(archive):
+    index = FrameIndex.from_base(archive)
+    for band in "gri":
+        frame_path(archive, band).write_bytes(b"")
+    with pytest.warns(UserWarning):
+        result = cutout(archive, index=index)
+    assert result.flags == Flag.UNREADABLE | Flag.OUTSIDE
+
+
+def test_bad_pixels_are_masked_and_flagged(tmp_path):
+    wcs = frame_wcs(RA, DEC, SHAPE)
+    flux = gaussian(SHAPE, wcs, RA, DEC, 100.0, 1.5)
+    flux[70:80, 90:100] = np.nan
+    flux[60, 60] = -1e3  # counts below zero have no variance
+    result = cutout(make_archive(tmp_path, r=flux))
+    assert result.flags == Flag.BAD_PIXELS
+    assert 5 < result.mask[1].sum() < 60 and not result.mask[[0, 2]].any()
+    assert np.isfinite(result.flux).all() and np.isfinite(result.sigma).all()
+
+
+def test_bad_pixels_beyond_the_cutout_do_not_matter(tmp_path):
+    flux = np.zeros(SHAPE)
+    flux[:5, :5] = np.nan
+    assert cutout(make_archive(tmp_path, r=flux)).flags == Flag(0)
+
+
+def test_saturation_is_flagged_inside_only(tmp_path):
+    hot = 1.01 * SATURATION_COUNTS * CALIB["i"]
+    inside, outside = np.zeros(SHAPE), np.zeros(SHAPE)
+    inside[80, 100] = hot
+    outside[2, 2] = hot
+    assert cutout(make_archive(tmp_path / "in", i=inside)).flags == Flag.SATURATED
+    assert cutout(make_archive(tmp_path / "out", i=outside)).flags == Flag(0)
+
+
+@pytest.mark.parametrize("change", [{"ra_deg": np.nan}, {"dec_deg": 95.0}, {"z": -0.3}, {"z": np.nan}, {"ra_deg": "x"}])
+def test_unusable_cluster_is_refused_by_name(archive, change):
+    with FrameSource(archive, GridConfig(bands="gri")) as source, pytest.raises(Pix2massError, match="c1"):
+        source.cutout({**CLUSTER, **change})
+
+
+def test_angular_grid_needs_no_redshift(archive):
+    assert cutout(archive, {**CLUSTER, "z": np.nan}).coverage == 1.0
+
+
+def test_each_frame_is_unpacked_once(archive, monkeypatch):
+    calls = []
+    parse = frames_module._parse_frame
+
+    def counted(*args):
+        calls.append(args)
+        return parse(*args)
+
+    monkeypatch.setattr(frames_module, "_parse_frame", counted)
+    with FrameSource(archive, GRID) as source:
+        first, second = source.cutout(CLUSTER), source.cutout(CLUSTER)
+        source.cutout({**CLUSTER, "ra_deg": RA + 0.001})
+    assert len(calls) == 3
+    assert np.array_equal(first.flux, second.flux)
+
+
+def test_plain_fits_and_progress(tmp_path):
+    wcs = frame_wcs(RA, DEC, SHAPE)
+    write_frame(tmp_path, gaussian(SHAPE, wcs, RA, DEC, 100.0, 1.5), wcs, 3000, 2, 40, "r", suffix=".fits")
+    seen = []
+    index = FrameIndex.from_base(tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 1)] and index.fields == [Field(3000, 2, 40)]
+    result = cutout(tmp_path, grid=GRID.model_copy(update={"bands": "r"}), index=index)
+    assert result.flux.sum() == pytest.approx(100.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["index.ecsv", "index.fits"])
+def test_index_survives_the_disk(archive, tmp_path, name):
+    index = FrameIndex.from_base(archive)
+    index.to_file(tmp_path / name)
+    again = FrameIndex.from_file(tmp_path / name)
+    assert again.covering(RA, DEC, 30.0) == index.covering(RA, DEC, 30.0) != {}
+    assert np.array_equal(cutout(archive, index=tmp_path / name).flux, cutout(archive).flux)
+
+
+def test_bad_index_files_are_refused(tmp_path):
+    with pytest.raises(Pix2massError, match="no such file"):
+        FrameIndex.from_file(tmp_path / "none.ecsv")
+    for column, value, message in (
+        ("run", 1.5, "whole numbers"),
+        ("cd1_1", np.nan, "finite"),
+        ("band", "y", "bands of"),
+    ):
+        table = Table(FrameIndex.from_base(make_archive(tmp_path / column, "r")).table)
+        table[column] = [value]
+        with pytest.raises(Pix2massError, match=message):
+            FrameIndex(table)
+    Table({"run": [1]}).write(tmp_path / "t.ecsv")
+    with pytest.raises(Pix2massError, match="missing: camcol"):
+        FrameIndex.from_file(tmp_path / "t.ecsv")
+    (tmp_path / "x.ecsv").write_text("nonsense\n1")
+    with pytest.raises(Pix2massError, match="expected a frame index"):
+        FrameIndex.from_file(tmp_path / "x.ecsv")
+
+
+@pytest.mark.parametrize("base", ["file:///tmp", "ftp://example.org/sas", "/nowhere/at/all"])
+def test_bad_bases_are_refused(base):
+    with pytest.raises(Pix2massError, match="expected"):
+        FrameSource(base, GRID)
+
+
+def test_archive_without_frames_is_refused(tmp_path):
+    (tmp_path / FRAMES_FOLDER).mkdir(parents=True)
+    with pytest.raises(Pix2massError, match="found none"):
+        FrameIndex.from_base(tmp_path)
+
+
+@pytest.mark.parametrize("dec", [-89.7, -30.0, 0.0, 62.0, 89.8])
+@pytest.mark.parametrize("ra", [0.0, 123.0])
+def test_covering_agrees_with_pixels(tmp_path, ra, dec):
+    wcs = frame_wcs(ra, dec, SHAPE, 35.0)
+    write_frame(tmp_path, np.zeros(SHAPE), wcs, 3000, 2, 40, "r")
+    index = FrameIndex.from_base(tmp_path)
+    rng = np.random.default_rng(5)
+    for _ in range(60):
+        near = frame_wcs(ra, dec, (1, 1), 0.0)
+        ra1, dec1 = (float(v) for v in near.pixel_to_world_values(*rng.uniform(-180, 180, 2)))
+        width = rng.uniform(5.0, 60.0)
+        grid = frame_wcs(ra1, dec1, (1, 1), 0.0)
+        side = np.linspace(-0.5, 0.5, 60) * width / 0.396
+        x, y = wcs.world_to_pixel_values(*grid.pixel_to_world_values(*np.meshgrid(side, side)))
+        touches = ((x > -0.5) & (x < SHAPE[1] - 0.5) & (y > -0.5) & (y < SHAPE[0] - 0.5)).any()
+        assert bool(index.covering(ra1, dec1, width * 1.04)) or not touches
+        assert touches or not index.covering(ra1, dec1, width * 0.92)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves a folder; the first answers may be errors."""
+
+    failures = 0
+
+    def do_GET(self):
+        if type(self).failures > 0:
+            type(self).failures -= 1
+            self.send_error(503)
+        else:
+            super().do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve():
+    """Serve a folder on this machine; yields a function from folder to URL."""
+    servers = []
+
+    def start(folder: Path, failures: int = 0) -> str:
+        handler = type("Handler", (QuietHandler,), {"failures": failures})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+        server.handle_error = lambda *args: None
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def assert_same(a, b):
+    assert a.flags == b.flags
+    for name in ("flux", "sigma", "mask", "psf_fwhm_arcsec"):
+        assert np.array_equal(getattr(a, name), getattr(b, name), equal_nan=name == "psf_fwhm_arcsec")
+
+
+def test_http_equals_folder_and_retries(archive, serve, monkeypatch):
+    monkeypatch.setattr(frames_module, "_HTTP_WAIT_S", 0.01)
+    assert_same(cutout(serve(archive, failures=2) + "/"), cutout(archive))
+
+
+def test_http_limits_and_failures(archive, serve, monkeypatch):
+    monkeypatch.setattr(frames_module, "_HTTP_WAIT_S", 0.01)
+    index = FrameIndex.from_base(archive)
+    with pytest.raises(Pix2massError, match="no answer after 4 attempts"):
+        cutout(serve(archive, failures=100), index=index)
+    with pytest.raises(Pix2massError, match="no answer"):
+        cutout("http://127.0.0.1:1/sas", index=index)
+    with pytest.raises(Pix2massError, match="not found"):
+        cutout(serve(archive / "dr12"))
+    monkeypatch.setattr(frames_module, "_MAX_LISTED_FIELDS", 0)
+    with pytest.raises(Pix2massError, match="pass a frame index"):
+        cutout(serve(archive))
+
+
+def test_random_positions_lie_inside_and_do_not_depend_on_other_fields(archive):
+    wcs = frame_wcs(10.0, 50.0, SHAPE, 33.0)
+    write_frame(archive, np.zeros(SHAPE), wcs, 4000, 1, 7, "r")
+    index = FrameIndex.from_base(archive)
+    table = random_positions(index, 20, seed=3, margin_arcsec=20.0)
+    assert isinstance(table, QTable) and table.colnames == ["id", "ra_deg", "dec_deg", "z", "group"]
+    assert len(set(table["id"])) == len(table) == 40 and np.isnan(table["z"]).all()
+    assert set(table["group"]) == {"3000-2-0040", "4000-1-0007"}
+    mine = table[table["group"] == "4000-1-0007"]
+    x, y = wcs.world_to_pixel_values(mine["ra_deg"], mine["dec_deg"])
+    margin = 20.0 / 0.396
+    assert x.min() > margin - 0.51 and x.max() < SHAPE[1] - margin - 0.49
+    assert y.min() > margin - 0.51 and y.max() < SHAPE[0] - margin - 0.49
+    frame_path(archive, "r").unlink()
+    fewer = random_positions(FrameIndex.from_base(archive), 20, seed=3, margin_arcsec=20.0, z=0.3)
+    assert np.array_equal(fewer[fewer["group"] == "4000-1-0007"]["ra_deg"], mine["ra_deg"])
+    assert (fewer["z"] == 0.3).all()
+    with pytest.raises(Pix2massError, match="leaves nothing"):
+        random_positions(index, 1, seed=1, margin_arcsec=60.0)
