@@ -51,9 +51,9 @@ def explain(
 
     Returns:
         Paths of the ``.npz`` files, each with ``id``, ``bands``, ``flux`` (n_bands, h, w; nanomaggies per pixel),
-        ``mask`` (n_bands, h, w), ``pixel_scale_arcsec``, ``ra_deg``, ``dec_deg``, ``z``, ``log10_m500c``, ``log10_m500c_err``,
-        ``log10_m500c_blank_sky``, ``integrated_gradients`` (n_bands, h, w; dex per pixel), ``cam`` (h, w), ``joint``
-        (h, w; dex per pixel) and ``completeness_error_dex``: by how much the gradients' sum misses the difference.
+        ``mask`` (n_bands, h, w), ``pixel_scale_arcsec``, ``ra_deg``, ``dec_deg``, ``z``, ``log10_m500c``,
+        ``log10_m500c_err``, ``log10_m500c_blank_sky``, ``integrated_gradients`` (n_bands, h, w; dex per pixel),
+        ``cam`` (h, w), ``joint`` (h, w; dex per pixel) and ``completeness_error_dex``, what the gradients' sum misses.
 
     Raises:
         Pix2massError: the store does not fit the run, lacks an id, or a cluster has no usable pixels.

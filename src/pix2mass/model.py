@@ -6,6 +6,7 @@ Choices of this project, not the paper's (whose layers are not public): the laye
 
 from __future__ import annotations
 
+import difflib
 import math
 
 import timm
@@ -110,7 +111,7 @@ class Encoder(nn.Module):
         try:
             self.backbone = timm.create_model(name, in_chans=1, features_only=True, out_indices=(0, 1))
         except (RuntimeError, AssertionError, AttributeError, TypeError) as error:
-            near = timm.list_models(f"*{name[:6]}*")[:4]
+            near = difflib.get_close_matches(name, timm.list_models(), n=4)
             hint = f"; similar names: {', '.join(near)}" if near else ""
             raise Pix2massError(
                 f"encoder {name!r}: expected 'small' or a timm model with feature maps, timm says: {error}{hint}"

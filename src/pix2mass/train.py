@@ -102,10 +102,9 @@ class _Task(lightning.LightningModule):
         self.network, self.config, self.seed = network, config, seed
         self._step = step
 
-    def on_train_epoch_start(self) -> None:
-        torch.manual_seed(self.seed * 100_003 + self.current_epoch)
-
-    def training_step(self, batch: Any, _: int) -> Tensor:
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        # Dropout must not depend on what ran before, or a resumed training would differ from an undisturbed one.
+        torch.manual_seed((self.seed * 10_007 + self.current_epoch) * 10_007 + index)
         return self._step(batch)[0]
 
     def validation_step(self, batch: Any, _: int) -> None:
@@ -140,7 +139,7 @@ def _fit(
     progress: Progress | None,
 ) -> None:
     """Train in place and leave the network at its best epoch, in eval mode. Goes on from ``checkpoints`` if there."""
-    task = _Task(network, step, config, seed)
+    task = _Task(network.train(), step, config, seed)
     best = ModelCheckpoint(
         checkpoints,
         "best",

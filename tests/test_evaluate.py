@@ -1,0 +1,161 @@
+"""Scores against numbers worked by hand; baselines that cannot see what they are tested on."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from astropy.table import QTable
+
+from pix2mass.evaluate import baselines, evaluate, paired_difference, scores
+from pix2mass.types import Pix2massError
+
+
+def test_scores_by_hand():
+    reference = np.array([13.0, 14.0, 15.0, 16.0])
+    estimate = reference + [0.1, -0.1, 0.6, 0.2]
+    fold = np.array([0, 0, 1, 1])
+    found = scores(estimate, reference, fold)
+    assert found["mae_dex"] == pytest.approx((0.1 + 0.4) / 2)
+    assert found["mae_best_fold_dex"] == pytest.approx(0.1)
+    assert found["mae_worst_fold_dex"] == pytest.approx(0.4)
+    assert found["mae_fold_spread_dex"] == pytest.approx(0.3 / np.sqrt(2))
+    assert found["bias_dex"] == pytest.approx(0.2)
+    assert found["rms_dex"] == pytest.approx(np.sqrt((0.01 + 0.01 + 0.36 + 0.04) / 4))
+    # Residuals about their median 0.15: 0.05, 0.25, 0.45, 0.05, of which the median is 0.15.
+    assert found["nmad_dex"] == pytest.approx(1.4826 * 0.15)
+    # Sum of (x - 14.5)(y - mean y) is 6, sum of (x - 14.5)^2 is 5.
+    assert found["slope"] == pytest.approx(1 + (-1.5 * 0.1 + 0.5 * 0.1 + 0.5 * 0.6 + 1.5 * 0.2) / 5)
+    assert found["outlier_share"] == pytest.approx(0.25)
+
+
+def test_the_mean_over_folds_weighs_folds_alike():
+    fold = np.array([0, 1, 1, 1])
+    found = scores(np.array([14.4, 14.1, 15.1, 13.1]), np.array([14.0, 14.0, 15.0, 13.0]), fold)
+    assert found["mae_dex"] == pytest.approx(0.25)
+    assert scores(np.array([14.0, 15.0]), np.array([14.0, 15.0]), np.zeros(2, int))["mae_fold_spread_dex"] == 0
+
+
+def test_a_paired_difference_has_the_error_of_its_mean(rng):
+    first, shift = np.abs(rng.normal(0, 0.2, 400)), rng.normal(0.05, 0.1, 400)
+    found = paired_difference(first, first + shift, seed=1)
+    assert found["difference_dex"] == pytest.approx(-shift.mean())
+    assert found["error_dex"] == pytest.approx(shift.std() / np.sqrt(400), rel=0.1)
+    low, high = found["interval_95_dex"]
+    assert low < found["difference_dex"] < high
+    assert found == paired_difference(first, first + shift, seed=1)
+
+
+def catalog(rng: np.random.Generator, n: int = 90, mock: bool = True) -> tuple[QTable, np.ndarray]:
+    true, z = rng.uniform(13.6, 15.2, n), rng.uniform(0.1, 0.4, n)
+    table = QTable(
+        {
+            "id": [f"c{i}" for i in range(n)],
+            "ra_deg": np.linspace(0, 350, n),
+            "dec_deg": np.zeros(n),
+            "z": z,
+            "log10_m500c": true + 0.1 * rng.standard_normal(n),
+            "log10_m500c_err": np.full(n, 0.1),
+            "richness": 40 * 10 ** (true - 14.3 + 0.1 * rng.standard_normal(n)),
+            "richness_err": np.full(n, 3.0),
+        }
+    )
+    if mock:
+        table["log10_m500c_true"] = true
+    return table, np.arange(n) % 3
+
+
+def results(table: QTable, fold: np.ndarray, scatter: float, rng: np.random.Generator) -> QTable:
+    truth = table["log10_m500c_true"] if "log10_m500c_true" in table.colnames else table["log10_m500c"]
+    estimate = np.asarray(truth) + scatter * rng.standard_normal(len(table))
+    return QTable(
+        {
+            "id": table["id"],
+            "fold": fold,
+            "log10_m500c": estimate,
+            "log10_m500c_err": np.full(len(table), max(scatter, 0.02)),
+        }
+    )
+
+
+def test_baselines_do_not_see_the_labels_they_are_tested_on(rng):
+    table, fold = catalog(rng)
+    before = baselines(table, fold)
+    assert set(before) == {"constant", "redshift", "richness"}
+    changed = table.copy()
+    changed["log10_m500c"][fold == 1] += rng.normal(0, 1, (fold == 1).sum())
+    after = baselines(changed, fold)
+    for name in before:
+        np.testing.assert_array_equal(before[name][fold == 1], after[name][fold == 1])
+        assert (before[name][fold != 1] != after[name][fold != 1]).all()
+
+
+def test_the_constant_is_the_mean_of_the_other_folds_and_redshift_its_quadratic(rng):
+    table, fold = catalog(rng)
+    label, z = np.asarray(table["log10_m500c"]), np.asarray(table["z"])
+    np.testing.assert_allclose(baselines(table, fold)["constant"][fold == 0], label[fold != 0].mean())
+    table["log10_m500c"] = 14 + 2 * z - 3 * z**2
+    np.testing.assert_allclose(baselines(table, fold)["redshift"], table["log10_m500c"], atol=1e-6)
+
+
+def test_the_richness_baseline_recovers_a_power_law(rng):
+    table, fold = catalog(rng)
+    richness, z = np.asarray(table["richness"]), np.asarray(table["z"])
+    table["log10_m500c"] = 14.2 + 0.8 * np.log10(richness / 40) - 0.3 * np.log10((1 + z) / 1.3)
+    np.testing.assert_allclose(baselines(table, fold)["richness"], table["log10_m500c"], atol=0.01)
+
+
+def test_baselines_without_input_are_left_out(rng):
+    table, fold = catalog(rng)
+    table["richness"][3] = np.nan
+    assert set(baselines(table, fold)) == {"constant", "redshift"}
+    table["z"][3] = np.nan
+    assert set(baselines(table, fold)) == {"constant"}
+
+
+def test_metrics_hold_every_baseline_and_both_references(rng):
+    table, fold = catalog(rng)
+    out_of_fold = results(table, fold, 0.15, rng)
+    shuffled = results(table, fold, 0.0, rng)
+    shuffled["log10_m500c"] = 14.4 + 0.05 * rng.standard_normal(len(table))
+    metrics, predictions = evaluate(table, out_of_fold, shuffled[::-1], 1, {"bands": "ugriz"})
+    assert metrics["mock"] and metrics["n"] == 90 and metrics["bands"] == "ugriz"
+    assert set(metrics["methods"]) == {"network", "constant", "redshift", "richness", "shuffled"}
+    assert set(metrics["methods_against_label"]) == set(metrics["methods"])
+    assert metrics["methods_against_label"]["network"]["mae_dex"] > metrics["mae_dex"]
+    assert set(metrics["network_minus"]) == set(metrics["methods"]) - {"network"}
+    assert metrics["ratio_to_richness"] == pytest.approx(metrics["mae_dex"] / metrics["mae_richness_dex"])
+    assert 0.5 < metrics["coverage_68"] < 0.85 and metrics["coverage_95"] > 0.88
+    assert sum(row["n"] for row in metrics["per_fold"]) == 90
+    for rows in metrics["bins"].values():
+        assert sum(row["n"] for row in rows) == 90
+    json.loads(json.dumps(metrics))
+    # The rows of the null test came in another order: they are matched by id.
+    np.testing.assert_array_equal(predictions["log10_m500c_shuffled"], shuffled["log10_m500c"])
+    np.testing.assert_array_equal(predictions["log10_m500c_true"], table["log10_m500c_true"])
+
+
+def test_rows_are_matched_by_id_not_by_place(rng):
+    table, fold = catalog(rng)
+    out_of_fold, shuffled = results(table, fold, 0.1, rng), results(table, fold, 1.0, rng)
+    straight, _ = evaluate(table, out_of_fold, shuffled, 1, {})
+    turned, _ = evaluate(table[::-1], out_of_fold, shuffled, 1, {})
+    assert turned["mae_dex"] == pytest.approx(straight["mae_dex"])
+    assert turned["mae_richness_dex"] == pytest.approx(straight["mae_richness_dex"])
+
+
+def test_on_real_data_the_label_and_its_error_are_the_reference(rng):
+    table, fold = catalog(rng, mock=False)
+    out_of_fold, shuffled = results(table, fold, 0.1, rng), results(table, fold, 1.0, rng)
+    metrics, predictions = evaluate(table, out_of_fold, shuffled, 1, {})
+    assert not metrics["mock"] and metrics["methods"] == metrics["methods_against_label"]
+    assert "log10_m500c_true" not in predictions.colnames
+    # Errors of 0.1 on either side make 0.14, residuals have 0.1: more than 68 per cent is inside.
+    assert metrics["coverage_68"] > 0.75
+
+
+def test_shuffled_labels_as_good_as_real_ones_are_an_error(rng):
+    table, fold = catalog(rng)
+    with pytest.raises(Pix2massError, match="null test failed.*the network has learnt nothing"):
+        evaluate(table, results(table, fold, 0.2, rng), results(table, fold, 0.2, rng), 1, {})

@@ -1,0 +1,161 @@
+"""The networks: shapes, what they may and may not depend on, and hand-worked numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pix2mass.model import (
+    BandClassifier,
+    Encoder,
+    MassRegressor,
+    combine,
+    dihedral,
+    negative_log_likelihood,
+    prepare,
+)
+from pix2mass.types import Pix2massError
+
+
+def random_images(n: int, bands: int = 3, size: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, bands, size, size, generator=generator)
+    return images, torch.ones(n, size, size), 0.1 + 0.3 * torch.rand(n, generator=generator)
+
+
+@pytest.fixture
+def regressor() -> MassRegressor:
+    torch.manual_seed(1)
+    regressor = MassRegressor(Encoder(), n_bands=3)
+    images, _, z = random_images(16, seed=9)
+    with torch.no_grad():
+        for _ in range(3):
+            regressor.encoder(images.reshape(-1, 1, 32, 32))  # batch statistics away from their start
+        regressor.eval()
+        regressor.fit_scaler(14.5 + 0.3 * torch.randn(16), z, regressor.features(images))
+    return regressor
+
+
+def test_prepare_hides_the_noise_level_and_the_masked_pixels():
+    flux = torch.randn(2, 3, 8, 8)
+    mask = torch.zeros(2, 3, 8, 8, dtype=torch.bool)
+    mask[0, 1, :4] = True
+    noise = torch.tensor([[1.0, 2.0, 3.0], [0.5, torch.nan, 1.0]])
+    images, valid = prepare(flux, mask, noise)
+    scaled, _ = prepare(flux * 7.0, mask, noise * 7.0)
+    torch.testing.assert_close(images, scaled)
+    assert (images[0, 1, :4] == 0).all() and (images[1, 1] == 0).all()
+    assert images[0, 0, 0, 0].item() == pytest.approx(math.asinh(flux[0, 0, 0, 0].item() / 1.0), rel=1e-5)
+    torch.testing.assert_close(valid[0, :4], torch.full((4, 8), 2 / 3))
+    torch.testing.assert_close(valid[0, 4:], torch.ones(4, 8))
+    torch.testing.assert_close(valid[1], torch.full((8, 8), 2 / 3))
+
+
+def test_the_eight_views_are_different_and_keep_the_pixels():
+    image = torch.arange(9.0).reshape(1, 3, 3)
+    views = [dihedral(image, view) for view in range(8)]
+    assert len({tuple(view.flatten().tolist()) for view in views}) == 8
+    assert all(sorted(view.flatten().tolist()) == sorted(image.flatten().tolist()) for view in views)
+    assert torch.equal(views[0], image)
+
+
+def test_combine_hand_worked():
+    mean, sigma = combine(torch.tensor([[14.0, 15.0], [14.2, 15.0]]), torch.tensor([[0.1, 0.3], [0.1, 0.1]]))
+    torch.testing.assert_close(mean, torch.tensor([14.1, 15.0]))
+    torch.testing.assert_close(sigma, torch.tensor([math.sqrt(0.01 + 0.01), math.sqrt(0.05)]))
+
+
+def test_likelihood_hand_worked_and_least_at_the_label():
+    loss = negative_log_likelihood(*(torch.tensor([value]) for value in (14.0, 0.3, 14.5, 0.4)))
+    assert loss.item() == pytest.approx(0.5 * (math.log(0.25) + 0.25 / 0.25))
+    at = [
+        negative_log_likelihood(torch.tensor([m]), *(torch.tensor([v]) for v in (0.3, 14.5, 0.1))).item()
+        for m in (14.3, 14.5, 14.7)
+    ]
+    assert at[1] < at[0] and at[1] < at[2]
+
+
+def test_one_seven_and_many_clusters_give_the_same_numbers(regressor):
+    images, valid, z = random_images(19)
+    with torch.no_grad():
+        together = regressor(images, valid, z)
+        for size in (1, 7):
+            parts = [
+                regressor(images[i : i + size], valid[i : i + size], z[i : i + size]) for i in range(0, 19, size)
+            ]
+            for whole, split in zip(together, zip(*parts, strict=True), strict=True):
+                torch.testing.assert_close(whole, torch.cat(split), atol=1e-5, rtol=1e-5)
+    assert together[0].shape == (19,) and (together[1] > 0).all()
+    assert regressor(images[:1], valid[:1], z[:1])[0].shape == (1,)
+
+
+def test_band_order_and_redshift_matter_and_redshift_can_be_switched_off(regressor):
+    images, valid, z = random_images(5)
+    with torch.no_grad():
+        base = regressor(images, valid, z)[0]
+        assert not torch.allclose(base, regressor(images[:, [1, 0, 2]], valid, z)[0])
+        assert not torch.allclose(base, regressor(images, valid, z + 0.1)[0])
+        torch.manual_seed(2)
+        without = MassRegressor(Encoder(), 3, use_redshift=False).eval()
+        torch.testing.assert_close(without(images, valid, z)[0], without(images, valid, z + 0.1)[0])
+
+
+def test_what_lies_outside_the_image_has_no_say(regressor):
+    images, valid, z = random_images(4)
+    valid[:, :, 16:] = 0
+    levels = regressor.features(images)
+    changed = [level.clone() for level in levels]
+    for level in changed:
+        level[..., level.shape[-1] // 2 :] += 5.0
+    with torch.no_grad():
+        base = regressor.from_features(levels, valid, z)
+        for before, after in zip(base, regressor.from_features(changed, valid, z), strict=True):
+            torch.testing.assert_close(before, after)
+        full = regressor.from_features(levels, torch.ones_like(valid), z)
+        assert not torch.allclose(full[0], base[0])
+
+
+def test_every_parameter_learns():
+    torch.manual_seed(3)
+    regressor = MassRegressor(Encoder(), 3)
+    images, valid, z = random_images(8)
+    mean, sigma = regressor(images, valid, z)
+    negative_log_likelihood(mean, sigma, 14.5 + torch.randn(8), torch.full((8,), 0.1)).backward()
+    for name, parameter in regressor.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_overfits_eight_images():
+    torch.manual_seed(4)
+    regressor = MassRegressor(Encoder(), 3)
+    images, valid, z = random_images(8)
+    label = torch.linspace(13.8, 15.2, 8)
+    regressor.eval()
+    with torch.no_grad():
+        regressor.fit_scaler(label, z, regressor.features(images))
+    optimizer = torch.optim.Adam(regressor.parameters(), 3e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        mean, sigma = regressor(images, valid, z)
+        negative_log_likelihood(mean, sigma, label, torch.full((8,), 0.05)).backward()
+        optimizer.step()
+    assert (mean - label).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["small", "resnet18", "efficientnet_lite0"])
+def test_encoders_by_name(name):
+    encoder = Encoder(name).eval()
+    levels = encoder(torch.randn(2, 1, 64, 64))
+    assert [level.shape for level in levels] == [
+        (2, channels, 64 // stride, 64 // stride)
+        for channels, stride in zip(encoder.channels, encoder.strides, strict=True)
+    ]
+    assert BandClassifier(encoder, 5)(torch.randn(2, 1, 64, 64)).shape == (2, 5)
+    assert MassRegressor(encoder, 5).eval()(*random_images(2, bands=5, size=64))[0].shape == (2,)
+
+
+def test_an_unknown_encoder_is_named_with_similar_ones():
+    with pytest.raises(Pix2massError, match=r"resnet181.*similar names: .*resnet18"):
+        Encoder("resnet181")

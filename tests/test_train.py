@@ -1,0 +1,273 @@
+"""Training: it learns what is there, nothing leaks, and kills and seeds do what they should."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from _toy import ToySource, toy_catalog
+
+from pix2mass.config import GridConfig, PretrainConfig, TrainConfig
+from pix2mass.model import Encoder
+from pix2mass.run import RunFolder
+from pix2mass.store import ImageStore, build
+from pix2mass.train import (
+    _EpochSampler,
+    band_confusion,
+    error_scale,
+    leave_one_group_out,
+    load_encoder,
+    pretrain,
+    train,
+)
+from pix2mass.types import Pix2massError
+
+GRID = GridConfig(bands="gri", n_pixels=16)
+PRETRAIN = PretrainConfig(epochs=3, batch_size=24, accelerator="cpu")
+TRAIN = TrainConfig(epochs=4, folds=3, batch_size=16, views=2, accelerator="cpu")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    catalog = toy_catalog(90, 1)
+    return catalog, build(catalog, ToySource(GRID), folder / "toy.zarr", GRID)
+
+
+@pytest.fixture(scope="module")
+def pretrained(toy, tmp_path_factory) -> RunFolder:
+    folder = RunFolder(tmp_path_factory.mktemp("run") / "toy")
+    pretrain(toy[1], folder, PRETRAIN, 1)
+    return folder
+
+
+def copy(folder: RunFolder, to: Path) -> RunFolder:
+    shutil.copytree(folder.path, to)
+    return RunFolder(to)
+
+
+def folds(n: int, k: int = 3) -> np.ndarray:
+    return np.arange(n) % k
+
+
+def test_bands_are_told_apart_by_what_is_in_the_image(pretrained, toy):
+    info = pretrained.read_json("pretrain.json")
+    assert info["band_accuracy"] > 0.6, "blobs of three widths and brightnesses are easy"
+    assert np.sum(info["band_confusion"]) == 3 * round(0.15 * 90)
+    assert info["tested_on"] == "validation share"
+
+
+def test_the_noise_level_does_not_betray_the_band(tmp_path):
+    source = ToySource(GRID, band_noise={"u": 1, "g": 0.1, "r": 1.0, "i": 30.0, "z": 1}, blobs=False)
+    store = build(toy_catalog(90, 2), source, tmp_path / "noise.zarr", GRID)
+    test = build(toy_catalog(200, 3), source, tmp_path / "test.zarr", GRID)
+    folder = RunFolder(tmp_path / "run")
+    pretrain(store, folder, PRETRAIN, 1, test)
+    accuracy = folder.read_json("pretrain.json")["band_accuracy"]
+    assert abs(accuracy - 1 / 3) < 4 * np.sqrt(1 / 3 * 2 / 3 / 600)
+
+
+def test_leaving_groups_out(pretrained, toy, tmp_path):
+    folder = copy(pretrained, tmp_path / "run")
+    results = leave_one_group_out(toy[1], folder, PRETRAIN, 1)
+    assert sorted(results) == ["field-0", "field-1", "field-2"]
+    assert all(result["n"] == 30 and np.sum(result["band_confusion"]) == 90 for result in results.values())
+    stages = folder.stages
+    leave_one_group_out(toy[1], folder, PRETRAIN, 1)
+    assert folder.stages == stages, "finished groups are not trained again"
+    single = toy_catalog(10, 4)
+    single["group"] = ["one"] * 10
+    store = build(single, ToySource(GRID), tmp_path / "single.zarr", GRID)
+    with pytest.raises(Pix2massError, match="at least two groups"):
+        leave_one_group_out(store, folder, PRETRAIN, 1)
+
+
+def test_frozen_means_frozen_and_free_means_free(pretrained, toy, tmp_path):
+    catalog, store = toy
+    encoder = pretrained.load_weights("encoder")
+    for freeze in (True, False):
+        folder = copy(pretrained, tmp_path / str(freeze))
+        train(store, catalog, folds(90), folder, TRAIN.model_copy(update={"freeze_encoder": freeze}), 1)
+        weights = folder.load_weights("fold-0")
+        same = {name: torch.equal(value, weights[f"encoder.{name}"]) for name, value in encoder.items()}
+        if freeze:
+            assert all(same.values())
+        else:
+            moved = [name for name in same if name.endswith(("weight", "running_mean"))]
+            assert len(moved) >= 12 and not any(same[name] for name in moved)
+
+
+def test_frozen_features_are_computed_once(pretrained, toy, tmp_path, monkeypatch):
+    catalog, store = toy
+    seen = []
+    forward = Encoder.forward
+    monkeypatch.setattr(Encoder, "forward", lambda self, image: (seen.append(len(image)), forward(self, image))[1])
+    train(store, catalog, folds(90), copy(pretrained, tmp_path / "run"), TRAIN, 1)
+    assert sum(seen) == 1 + 90 * 3 * TRAIN.views  # one image asks for the shapes
+
+
+def test_same_seed_same_numbers(pretrained, toy, tmp_path):
+    catalog, store = toy
+    tables = [
+        train(store, catalog, folds(90), copy(pretrained, tmp_path / name), TRAIN, seed)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    masses = [np.asarray(table["log10_m500c"]) for table in tables]
+    np.testing.assert_array_equal(masses[0], masses[1])
+    assert not np.allclose(masses[0], masses[2])
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_killed_training_ends_where_an_undisturbed_one_does(pretrained, toy, tmp_path, freeze):
+    catalog, store = toy
+    config = TRAIN.model_copy(update={"freeze_encoder": freeze})
+    calm = train(store, catalog, folds(90), copy(pretrained, tmp_path / "calm"), config, 1)
+    folder = copy(pretrained, tmp_path / "killed")
+    for last in (2, 5, 6):  # within the first fold, within the second, at its next epoch
+
+        def kill(done: int, total: int, last: int = last) -> None:
+            if done == last:
+                raise KeyboardInterrupt
+
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            train(store, catalog, folds(90), folder, config, 1, progress=kill)
+    steps = []
+    resumed = train(store, catalog, folds(90), folder, config, 1, progress=lambda done, total: steps.append(done))
+    # The first fold is finished (4 epochs of 12), the second goes on after its second epoch.
+    assert steps[0] == 4 and steps[1] >= 6
+    np.testing.assert_array_equal(calm["log10_m500c"], resumed["log10_m500c"])
+    for fold in range(3):
+        for name, value in RunFolder(tmp_path / "calm").load_weights(f"fold-{fold}").items():
+            assert torch.equal(value, folder.load_weights(f"fold-{fold}")[name]), name
+
+
+def test_a_killed_pretraining_ends_where_an_undisturbed_one_does(pretrained, toy, tmp_path):
+    folder = RunFolder(tmp_path / "killed")
+
+    def kill(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        pretrain(toy[1], folder, PRETRAIN, 1, progress=kill)
+    pretrain(toy[1], folder, PRETRAIN, 1)
+    for name, value in pretrained.load_weights("encoder").items():
+        assert torch.equal(value, folder.load_weights("encoder")[name]), name
+    assert not (folder / "checkpoints").exists() or not list((folder / "checkpoints").rglob("*.ckpt"))
+
+
+def test_the_test_part_does_not_reach_its_own_network(pretrained, toy, tmp_path):
+    catalog, store = toy
+    changed = catalog.copy()
+    test = folds(90) == 0
+    changed["log10_m500c"][test] = 15.9
+    weights = []
+    for name, table in (("a", catalog), ("b", changed)):
+        folder = copy(pretrained, tmp_path / name)
+        train(store, table, folds(90), folder, TRAIN, 1)
+        weights.append([folder.load_weights(f"fold-{k}") for k in range(3)])
+    assert all(torch.equal(value, weights[1][0][name]) for name, value in weights[0][0].items())
+    assert not torch.equal(weights[0][1]["label_mean"], weights[1][1]["label_mean"])
+
+
+def test_masses_are_recovered_and_shuffled_labels_teach_nothing(pretrained, toy, tmp_path):
+    catalog, store = toy
+    folder = copy(pretrained, tmp_path / "run")
+    config = TRAIN.model_copy(update={"epochs": 25})
+    table = train(store, catalog, folds(90), folder, config, 1)
+    true = np.asarray(catalog["log10_m500c_true"])
+    error = np.abs(table["log10_m500c"] - true).mean()
+    constant = np.abs(true - true.mean()).mean()
+    assert error < 0.4 * constant
+    null = catalog.copy()
+    null["log10_m500c"] = np.random.default_rng(1).permutation(null["log10_m500c"])
+    before = sorted(path.name for path in folder.path.glob("fold-*")), folder.read_json("model.json")
+    shuffled = train(store, null, folds(90), folder, config, 1, "null")
+    assert np.abs(shuffled["log10_m500c"] - true).mean() > 0.8 * constant
+    assert (sorted(path.name for path in folder.path.glob("fold-*")), folder.read_json("model.json")) == before
+
+
+def test_from_scratch_uses_no_pretrained_weights(pretrained, toy, tmp_path):
+    catalog, store = toy
+    config = TRAIN.model_copy(update={"freeze_encoder": False, "from_scratch": True, "epochs": 1})
+    masses = []
+    for name in ("a", "b"):
+        folder = copy(pretrained, tmp_path / name)
+        if name == "b":
+            state = folder.load_weights("encoder")
+            folder.save_weights("encoder", {key: torch.zeros_like(value) for key, value in state.items()})
+        masses.append(np.asarray(train(store, catalog, folds(90), folder, config, 1)["log10_m500c"]))
+    np.testing.assert_array_equal(*masses)
+
+
+def test_refuses_other_bands_and_missing_redshifts(pretrained, toy, tmp_path):
+    catalog, store = toy
+    grid = GridConfig(bands="gr", n_pixels=16)
+    other = build(toy_catalog(12, 5), ToySource(grid), tmp_path / "gr.zarr", grid)
+    folder = copy(pretrained, tmp_path / "run")
+    with pytest.raises(Pix2massError, match="trained on bands 'gri'.*holds 'gr'"):
+        train(other, toy_catalog(12, 5), folds(12), folder, TRAIN, 1)
+    with pytest.raises(Pix2massError, match="'gri'.*'gr'"):
+        pretrain(store, folder, PRETRAIN, 2, other)
+    missing = catalog.copy()
+    missing["z"][3] = np.nan
+    with pytest.raises(Pix2massError, match="toy-3.*no-use-redshift"):
+        train(store, missing, folds(90), folder, TRAIN, 1)
+    with pytest.raises(Pix2massError, match="has not finished"):
+        train(store, catalog, folds(90), RunFolder(tmp_path / "empty"), TRAIN, 1)
+
+
+def test_clusters_without_pixels_or_label_are_left_out(pretrained, toy, tmp_path):
+    catalog = toy_catalog(40, 6)
+    ids = catalog["id"].tolist()
+    ids[7] = "outside-7"
+    catalog["id"] = ids
+    catalog["log10_m500c"][11] = np.nan
+    store = build(catalog, ToySource(GRID), tmp_path / "s.zarr", GRID)
+    table = train(store, catalog, folds(40), copy(pretrained, tmp_path / "run"), TRAIN, 1)
+    assert len(table) == 38 and not {"outside-7", "toy-11"} & set(table["id"])
+    assert np.isfinite(table["log10_m500c"]).all() and (np.asarray(table["log10_m500c_err"]) > 0).all()
+
+
+def test_encoder_survives_the_run_folder(pretrained, toy):
+    encoder = load_encoder(pretrained)
+    assert not encoder.training and encoder.name == "small"
+    image = torch.randn(3, 1, 16, 16)
+    assert [level.shape[0] for level in encoder(image)] == [3, 3]
+
+
+def test_confusion_counts_every_image(toy, pretrained):
+    class Always(torch.nn.Module):
+        def forward(self, image):
+            return torch.nn.functional.one_hot(torch.full((len(image),), 2), 3).float()
+
+    confusion = band_confusion(Always(), toy[1], np.arange(90))  # type: ignore[arg-type]
+    assert confusion.tolist() == [[0, 0, 90]] * 3
+
+
+def test_error_scale_finds_the_factor():
+    rng = np.random.default_rng(7)
+    n, sigma, label_err = 20_000, 0.2, 0.12
+    mean = 14.5 + np.zeros(n)
+    true = mean + 1.5 * sigma * rng.standard_normal(n)
+    label = true + label_err * rng.standard_normal(n)
+    assert error_scale(mean, np.full(n, sigma), label, np.full(n, label_err)) == pytest.approx(1.5, abs=0.05)
+
+
+def test_epochs_shuffle_differently_but_reproducibly():
+    sampler = _EpochSampler(50, seed=3)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert sorted(i for _, i in first) == list(range(50)) == sorted(i for _, i in second)
+    assert [i for _, i in first] != [i for _, i in second] and {epoch for epoch, _ in second} == {1}
+    assert list(_EpochSampler(50, seed=3)) == first
+
+
+def test_store_type_is_what_the_package_exports():
+    import pix2mass
+
+    assert pix2mass.ImageStore is ImageStore
