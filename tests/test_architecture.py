@@ -34,7 +34,7 @@ _ALL = set(MAY_IMPORT)
 MAY_IMPORT |= {"pipeline": _ALL, "cli": _ALL | {"pipeline"}, "__main__": {"cli"}, "__init__": _ALL}
 
 MAY_BE_IMPORTED_BY: dict[str, set[str]] = {
-    "torch": {"model", "train", "predict", "explain", "images/mock/render", "images/mock/source"},
+    "torch": {"model", "train", "predict", "explain", "images/mock/render"},
     "lightning": {"train"},
     "timm": {"model"},
     "captum": {"explain"},

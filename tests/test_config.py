@@ -133,7 +133,7 @@ def test_every_field_says_what_it_is():
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(Pix2massError, match=r"none\.toml: no such file"):
+    with pytest.raises(Pix2massError, match=r"none\.toml: no such file or directory; expected a TOML"):
         load_toml(RunConfig, tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("name = ")
     with pytest.raises(Pix2massError, match=r"bad\.toml: not a TOML file"):

@@ -19,7 +19,9 @@ from pix2mass.model import (
 from pix2mass.types import Pix2massError
 
 
-def random_images(n: int, bands: int = 3, size: int = 32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_images(
+    n: int, bands: int = 3, size: int = 32, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(n, bands, size, size, generator=generator)
     return images, torch.ones(n, size, size), 0.1 + 0.3 * torch.rand(n, generator=generator)
@@ -82,9 +84,7 @@ def test_one_seven_and_many_clusters_give_the_same_numbers(regressor):
     with torch.no_grad():
         together = regressor(images, valid, z)
         for size in (1, 7):
-            parts = [
-                regressor(images[i : i + size], valid[i : i + size], z[i : i + size]) for i in range(0, 19, size)
-            ]
+            parts = [regressor(images[i : i + size], valid[i : i + size], z[i : i + size]) for i in range(0, 19, size)]
             for whole, split in zip(together, zip(*parts, strict=True), strict=True):
                 torch.testing.assert_close(whole, torch.cat(split), atol=1e-5, rtol=1e-5)
     assert together[0].shape == (19,) and (together[1] > 0).all()

@@ -53,9 +53,7 @@ def test_masses_of_new_clusters(run, new_store):
     assert trusted.sum() >= 8
     assert np.abs(table["log10_m500c"] - true)[trusted].mean() < 0.15
     assert (np.diff([table[name][trusted] for name in ("q025", "q16", "q50", "q84", "q975")], axis=0) > 0).all()
-    np.testing.assert_allclose(
-        (table["q84"] - table["q16"])[trusted] / 2, table["log10_m500c_err"][trusted], rtol=0.01
-    )
+    np.testing.assert_allclose((table["q84"] - table["q16"])[trusted] / 2, table["log10_m500c_err"][trusted], rtol=0.01)
     assert table.meta["mass_definition"] == "500c" and table.meta["trained_on"] == "mock sky"
 
 
@@ -91,7 +89,9 @@ def test_refuses_stores_it_was_not_made_for(run, tmp_path):
         (GridConfig(bands="gri", n_pixels=32), "another pixel grid"),
         (GridConfig(bands="gri", n_pixels=16, width_arcsec=60), "another pixel grid"),
     ):
-        store = build(toy_catalog(2, 9), ToySource(grid), tmp_path / f"{grid.bands}{grid.n_pixels}{grid.width_kpc}", grid)
+        store = build(
+            toy_catalog(2, 9), ToySource(grid), tmp_path / f"{grid.bands}{grid.n_pixels}{grid.width_kpc}", grid
+        )
         with pytest.raises(Pix2massError, match=message):
             predict(run, store)
     catalog = toy_catalog(3, 10)

@@ -50,6 +50,7 @@ def make_run(path: Path, mock: bool = True, ids: tuple[str, ...] = ("MOCK 001", 
     shuffled = QTable({"id": catalog["id"], "log10_m500c": 14.35 + 0.05 * rng.standard_normal(N)})
     confusion = (100 * (0.6 * np.eye(5) + 0.08)).astype(int)
     facts = {"band_accuracy": 0.68, "band_confusion": confusion.tolist(), "bands": BANDS, "seconds": {"mock": 12.5}}
+    facts |= {"pretraining_saw_test_images": False, "pixel_scale_arcsec_range": [5.81, 16.94]}
     metrics, predictions = evaluate(catalog, out_of_fold, shuffled, 1, facts)
     folder.write_json("metrics.json", metrics)
     predictions.write(folder / "predictions.ecsv", format="ascii.ecsv")
@@ -197,6 +198,7 @@ def test_summary_names_the_data_the_error_the_baselines_and_the_coverage(mock_ru
     assert f"richness and redshift {metrics['mae_richness_dex']:.3f}" in summary
     assert f"{metrics['coverage_68']:.2f} ± " in summary
     assert "(chance 0.20)" in summary
+    assert "trained on other images than these" in words and "Pixels are 5.81 to 16.94 arcsec wide" in words
 
 
 def test_reproduction_is_on_the_page(mock_run):

@@ -158,7 +158,9 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         real(self, selection, value)
 
     monkeypatch.setattr(zarr.Array, "__setitem__", full)
-    with pytest.raises(Pix2massError, match=r"cutout b could not be written .*No space left.* the 1 before it are safe"):
+    with pytest.raises(
+        Pix2massError, match=r"cutout b could not be written .*No space left.* the 1 before it are safe"
+    ):
         store.append(cutout(1), "b", 0.2)
     with pytest.raises(Pix2massError, match=r"sealing failed .*No space left.* nothing is lost"):
         store.seal()

@@ -38,7 +38,20 @@ _HOME = {
     "read_catalog": "catalog",
     "write_report": "report",
 }
-__all__ = sorted(_HOME)
+__all__ = [  # noqa: F822  given on first use
+    "Cutout",
+    "Flag",
+    "ImageStore",
+    "MassEstimate",
+    "Pix2massError",
+    "Predictor",
+    "RunFolder",
+    "build",
+    "explain",
+    "predict",
+    "read_catalog",
+    "write_report",
+]
 
 
 class _FrontDoor(ModuleType):

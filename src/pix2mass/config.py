@@ -36,11 +36,11 @@ class GridConfig(Config):
 
     bands: Bands = "ugriz"
     """Bands to keep, an ordered subset of ugriz."""
-    width_kpc: float | None = Field(2000.0, gt=0)
+    width_kpc: float | None = Field(default=2000.0, gt=0)
     """Width of a cutout in proper kpc at the cluster's redshift (the default: 2 Mpc)."""
-    width_arcsec: float | None = Field(None, gt=0)
+    width_arcsec: float | None = Field(default=None, gt=0)
     """Width of a cutout in arcsec, the same at every redshift; takes the place of width_kpc."""
-    n_pixels: int = Field(64, ge=8, le=4096)
+    n_pixels: int = Field(default=64, ge=8, le=4096)
     """Pixels on a side."""
 
     @model_validator(mode="before")
@@ -60,35 +60,35 @@ class GridConfig(Config):
 class MockConfig(Config):
     """The mock survey: how many clusters, over which masses and redshifts, seen how well."""
 
-    n_labelled: int = Field(800, ge=20)
+    n_labelled: int = Field(default=800, ge=20)
     """Clusters with a mass label."""
-    n_unlabelled: int = Field(1200, ge=20)
+    n_unlabelled: int = Field(default=1200, ge=20)
     """Clusters without a label, for pretraining."""
-    log10_m500c_min: float = Field(13.5, ge=13.0, le=15.5)
+    log10_m500c_min: float = Field(default=13.5, ge=13.0, le=15.5)
     """Lowest true mass; masses are drawn flat in log10."""
-    log10_m500c_max: float = Field(15.2, ge=13.0, le=15.5)
+    log10_m500c_max: float = Field(default=15.2, ge=13.0, le=15.5)
     """Highest true mass."""
-    z_min: float = Field(0.1, ge=0.05, le=0.55)
+    z_min: float = Field(default=0.1, ge=0.05, le=0.55)
     """Lowest redshift; redshifts are drawn flat."""
-    z_max: float = Field(0.4, ge=0.05, le=0.55)
+    z_max: float = Field(default=0.4, ge=0.05, le=0.55)
     """Highest redshift."""
-    label_scatter_dex: float = Field(0.12, ge=0)
+    label_scatter_dex: float = Field(default=0.12, ge=0)
     """Gaussian measurement scatter of the mass labels."""
-    richness_scatter_ln: float = Field(0.22, ge=0)
+    richness_scatter_ln: float = Field(default=0.22, ge=0)
     """Lognormal scatter of richness at fixed mass, beside Poisson noise."""
-    miscentred_share: float = Field(0.2, ge=0, le=1)
+    miscentred_share: float = Field(default=0.2, ge=0, le=1)
     """Share of clusters whose catalogued position is off the centre of the galaxies."""
-    miscentring_kpc: float = Field(200.0, ge=0)
+    miscentring_kpc: float = Field(default=200.0, ge=0)
     """Rayleigh scale of that offset in proper kpc."""
-    diffuse_light_share: float = Field(0.3, ge=0)
+    diffuse_light_share: float = Field(default=0.3, ge=0)
     """Diffuse intracluster light as a fraction of the brightest galaxy's."""
-    depth_r_mag: float = Field(23.0, ge=18, le=23)
+    depth_r_mag: float = Field(default=23.0, ge=18, le=23)
     """Faintest r magnitude of galaxies and stars that are drawn."""
     projected_groups: bool = True
     """Put part of the foreground and background galaxies into groups and clusters of their own."""
-    ebv_min_mag: float = Field(0.02, ge=0)
+    ebv_min_mag: float = Field(default=0.02, ge=0)
     """Lowest Galactic reddening E(B-V); drawn flat per cluster and applied to the pixels."""
-    ebv_max_mag: float = Field(0.06, ge=0)
+    ebv_max_mag: float = Field(default=0.06, ge=0)
     """Highest Galactic reddening E(B-V)."""
 
     @model_validator(mode="after")
@@ -120,15 +120,15 @@ class BuildConfig(Config):
 class OptimConfig(Config):
     """What both trainings share."""
 
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Images (pretraining) or clusters (training) per step."""
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
     """Peak learning rate of AdamW, one-cycle schedule."""
-    weight_decay: float = Field(1e-3, ge=0)
+    weight_decay: float = Field(default=1e-3, ge=0)
     """Weight decay of AdamW."""
-    validation_share: float = Field(0.15, gt=0, lt=0.9)
+    validation_share: float = Field(default=0.15, gt=0, lt=0.9)
     """Share of the training part kept aside to stop early and to choose the epoch."""
-    patience: int = Field(8, ge=1)
+    patience: int = Field(default=8, ge=1)
     """Epochs without improvement on the validation share before training stops."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Device, passed through to Lightning."""
@@ -139,16 +139,16 @@ class PretrainConfig(OptimConfig):
 
     encoder: str = "small"
     """'small' (made for 2 cores) or any timm model name, e.g. resnet18; built with in_chans=1."""
-    epochs: int = Field(6, ge=1)
+    epochs: int = Field(default=6, ge=1)
     """Most passes over the images."""
 
 
 class TrainConfig(OptimConfig):
     """Network 2: from the features of the bands to a mass, by k-fold cross-validation."""
 
-    folds: int = Field(5, ge=2)
+    folds: int = Field(default=5, ge=2)
     """Number of folds."""
-    fold_separation_deg: float = Field(0.5, ge=0)
+    fold_separation_deg: float = Field(default=0.5, ge=0)
     """Clusters closer than this on the sky share a fold."""
     freeze_encoder: bool = True
     """Keep network 1 as pretrained (the paper's recipe); its features are computed once."""
@@ -156,11 +156,11 @@ class TrainConfig(OptimConfig):
     """Start from random encoder weights: what pretraining is worth. Needs freeze_encoder = false."""
     use_redshift: bool = True
     """Give network 2 the redshift."""
-    epochs: int = Field(30, ge=1)
+    epochs: int = Field(default=30, ge=1)
     """Most passes over the labelled clusters, per fold."""
-    views: int = Field(2, ge=1, le=8)
+    views: int = Field(default=2, ge=1, le=8)
     """Rotated and mirrored views of each cluster: features are computed for each, predictions averaged over them."""
-    edge_probability: float = Field(0.3, ge=0, le=1)
+    edge_probability: float = Field(default=0.3, ge=0, le=1)
     """Share of training views with part of the image masked, as at the edge of a frame."""
 
     @model_validator(mode="after")
@@ -173,9 +173,9 @@ class TrainConfig(OptimConfig):
 class ExplainConfig(Config):
     """Attribution maps."""
 
-    n_clusters: int = Field(6, ge=1)
+    n_clusters: int = Field(default=6, ge=1)
     """How many clusters to draw when no ids are given: spread over predicted mass."""
-    steps: int = Field(32, ge=2)
+    steps: int = Field(default=32, ge=2)
     """Steps of the integral in integrated gradients."""
 
 
@@ -199,7 +199,7 @@ class RunConfig(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name of the run folder under runs/."""
-    seed: int = Field(1, ge=0)
+    seed: int = Field(default=1, ge=0)
     """Seed of every random number of the run."""
     mock: MockConfig | None = None
     """Make a mock survey with known truth."""
@@ -261,8 +261,8 @@ def load_toml(config_class: type[C], path: Path) -> C:
     """
     try:
         values = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise Pix2massError(f"{path}: no such file; expected a TOML configuration") from None
+    except OSError as error:
+        raise Pix2massError(f"{path}: {(error.strerror or '').lower()}; expected a TOML configuration") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Pix2massError(f"{path}: not a TOML file: {error}") from None
     return validate(config_class, values, str(path))

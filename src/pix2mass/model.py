@@ -1,7 +1,8 @@
 """The two networks. Network 1: an encoder of single-band images and a band classifier on it. Network 2: a mass from
 the features of all bands.
 
-Choices of this project, not the paper's (whose layers are not public): the layers, the pooling, and the error output.
+What network 1 and network 2 take and give is the paper's (Lin et al. 2022, arXiv 2203.06288, abstract). The layers, the
+pooling and the error output are this project's own choices.
 """
 
 from __future__ import annotations
@@ -233,15 +234,15 @@ class MassRegressor(nn.Module):
 
     def from_features(self, levels: list[Tensor], valid: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`, from the output of :meth:`features`, which a frozen encoder need compute only once."""
-        size = levels[0].shape[2:]
+        size = (levels[0].shape[2], levels[0].shape[3])
         bias = self.mix_bias
         mixed = torch.zeros((), device=z.device)
         for level, (maps, conv) in enumerate(zip(levels, self.level_mix, strict=True)):
             # The features' scaler is folded into the convolution: the maps are large, its weights are not.
-            weight = conv.weight / self.get_buffer(f"feature_scale_{level}")[:, None, None]
+            weight = conv.get_parameter("weight") / self.get_buffer(f"feature_scale_{level}")[:, None, None]
             bias = bias - weight[:, :, 0, 0] @ self.get_buffer(f"feature_mean_{level}")
             part = F.conv2d(maps, weight)
-            mixed = mixed + (part if part.shape[2:] == size else F.interpolate(part, size=size, mode="nearest"))
+            mixed = mixed + (part if tuple(part.shape[2:]) == size else F.interpolate(part, size=size, mode="nearest"))
         mixed = mixed + bias[:, None, None]
         context = torch.zeros(len(z), 0, device=z.device)
         if self.context is not None:
@@ -258,7 +259,7 @@ class MassRegressor(nn.Module):
         return mean * self.label_scale + self.label_mean, sigma + math.exp(_MIN_LOG_SIGMA)
 
 
-def _rings(size: torch.Size, device: torch.device) -> Tensor:
+def _rings(size: tuple[int, int], device: torch.device) -> Tensor:
     """Weights of the pooling rings, (1, n_rings, h, w): Gaussian in the logarithm of the distance from the centre."""
     y, x = (((torch.arange(n, device=device) + 0.5) / n) * 2 - 1 for n in size)
     radius = torch.hypot(y[:, None], x[None, :])

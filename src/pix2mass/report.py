@@ -640,7 +640,11 @@ def _known_methods(methods: Any) -> dict[str, dict[str, float]]:
     """Scores by method, known methods first and in order, those without an error left out."""
     if not isinstance(methods, dict):
         return {}
-    usable = {name: values for name, values in methods.items() if isinstance(values, dict) and "mae_dex" in values}
+    usable = {
+        name: values
+        for name, values in methods.items()
+        if isinstance(values, dict) and isinstance(values.get("mae_dex"), float) and math.isfinite(values["mae_dex"])
+    }
     return {name: usable[name] for name in [*METHODS, *sorted(set(usable) - set(METHODS))] if name in usable}
 
 

@@ -96,7 +96,7 @@ class RunFolder:
     @property
     def stages(self) -> dict[str, dict[str, Any]]:
         """Finished stages: name -> {"key": digest of inputs, "seconds": time taken, ...}."""
-        return json.loads((self / "stages.json").read_text())
+        return self.read_json("stages.json")
 
     def is_done(self, stage: str, key: str, *outputs: Path) -> bool:
         """Whether a stage was finished with the same inputs and its outputs are still there."""
@@ -118,7 +118,7 @@ class RunFolder:
             A dict for JSON-able facts to keep with the record.
         """
         facts: dict[str, Any] = {}
-        # A killed and resumed stage keeps the time it took before the kill.
+        # A stopped and resumed stage keeps the time it took before.
         clock = self / f".{name}.seconds"
         before = float(clock.read_text()) if clock.exists() else 0.0
         start = time.monotonic()
@@ -126,7 +126,7 @@ class RunFolder:
         try:
             yield facts
         except BaseException as error:
-            clock.write_text(str(before + time.monotonic() - start))
+            write_atomic(clock, str(before + time.monotonic() - start))
             self.log(f"{name}: stopped by {type(error).__name__}: {error}")
             raise
         clock.unlink(missing_ok=True)
@@ -199,10 +199,11 @@ class RunFolder:
             raise Pix2massError(f"{path}: broken weights: {error}; train again or copy the run again") from None
 
     def write_config(self, **parts: Config | int | str | None) -> None:
-        """Keep parts of the configuration as resolved, e.g. ``write_config(seed=1, train=...)``; others stay."""
+        """Keep parts of the configuration as resolved: ``write_config(seed=1, train=...)``; None removes a part."""
         path = self / "config.toml"
         kept: dict[str, Any] = tomllib.loads(path.read_text()) if path.exists() else {}
         for name, part in parts.items():
+            kept.pop(name, None)
             if part is not None:
                 kept[name] = part.model_dump(mode="json", exclude_none=True) if isinstance(part, Config) else part
         write_atomic(path, tomli_w.dumps(kept))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -49,7 +50,7 @@ class Source(Protocol):
 class _Shards:
     """One sealed array, read a row at a time: memory-mapped where that is possible, through Zarr elsewhere."""
 
-    def __init__(self, array: zarr.Array, path: Path | None) -> None:
+    def __init__(self, array: Any, path: Path | None) -> None:
         self._array = array
         self.shape = array.shape
         self._row_shape = array.shape[1:]
@@ -95,11 +96,11 @@ class ImageStore:
         provenance: what the writer said about where the images come from.
     """
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
-        """Wrap an open group; use :meth:`create` or :meth:`open` instead."""
+    def __init__(self, path: Path, group: Any) -> None:
+        """Wrap an open Zarr group; use :meth:`create` or :meth:`open` instead."""
         self.path = path
         self._group = group
-        header = dict(group.attrs).get("pix2mass")
+        header: Any = dict(group.attrs).get("pix2mass")
         if not isinstance(header, dict) or header.get("format") != FORMAT_VERSION:
             raise Pix2massError(f"{path}: not a pix2mass image store of format {FORMAT_VERSION}")
         self._header: dict[str, Any] = header
@@ -139,7 +140,7 @@ class ImageStore:
             return store
         if path.exists() and any(path.iterdir()):
             raise Pix2massError(f"{path}: the folder is not empty and holds no image store; choose another path")
-        group = zarr.create_group(path)
+        group: Any = zarr.create_group(path)
         shape = (len(grid.bands), grid.n_pixels, grid.n_pixels)
         staging = group.create_group("staging")
         flat_keys = {"name": "v2", "separator": "."}
@@ -467,7 +468,8 @@ def build(
         if workers > 1 and len(clusters) > workers:
             # Spawned, not forked: a fork of a process that has run a network may hang in its thread pool.
             pool = stack.enter_context(ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (source,)))
-            cutouts = pool.map(_worker_cutout, clusters, chunksize=8)
+            with _environment(OMP_NUM_THREADS="1"):  # as many threads in each process would wait for one another
+                cutouts = pool.map(_worker_cutout, clusters, chunksize=8)
         else:
             cutouts = map(source.cutout, clusters)
         for cluster, cutout in zip(clusters, cutouts, strict=True):
@@ -476,6 +478,18 @@ def build(
                 progress(len(store), len(ids))
     store.seal()
     return store
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables for processes started inside the block."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 _worker_source: Source

@@ -686,7 +686,7 @@ def _estimate(
         z = torch.tensor(data.z[chosen], dtype=torch.float32)
         flux, mask, noise = _as_tensors(store, data.rows[chosen])
         valid = usable_share(mask, noise)
-        images = None if frozen is not None else prepare(flux, mask, noise)[0]
+        images = prepare(flux, mask, noise)[0] if frozen is None else flux  # with frozen features only valid is used
         per_view = []
         for view in range(views):
             levels = (

@@ -143,16 +143,18 @@ def write_catalog(table: QTable, path: str | Path) -> None:
 
 
 def _floats(table: Table, name: str, where: str) -> np.ndarray:
+    """A column as float64, NaN where masked, angles converted to degrees if the column has a unit."""
     column = table[name]
     try:
-        if name.endswith("_deg") and isinstance(column, Quantity):
-            return np.asarray(column.to_value("deg"), float)
-        if name.endswith("_deg") and getattr(column, "unit", None) is not None:
-            column = column.quantity.to("deg")
-            return np.asarray(column.value, float)
-        return np.asarray(np.ma.filled(np.ma.asarray(column, float), np.nan), float)
+        plain = getattr(column, "unmasked", column)
+        values = np.array(np.ma.getdata(getattr(plain, "value", plain)), float)
+        values[np.asarray(getattr(column, "mask", False)) & np.ones(len(values), bool)] = np.nan
+        unit = getattr(column, "unit", None)
+        if name.endswith("_deg") and unit is not None:
+            values = Quantity(values, unit).to_value("deg")
     except (ValueError, TypeError, UnitConversionError) as error:
         raise Pix2massError(f"{where}: column {name!r} does not hold numbers: {error}") from None
+    return values
 
 
 def _unknown_column(name: str, known: list[str]) -> str:
