@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -526,8 +527,7 @@ def _progress(label: str) -> Iterator[Any]:
         TimeRemainingColumn(),
     )
     if not console.is_terminal:
-        print(f"{label} ...", file=sys.stderr, flush=True)
-        yield lambda done, total: None
+        yield _line_progress(label)
         return
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(label, total=None, rate="")
@@ -537,6 +537,23 @@ def _progress(label: str) -> Iterator[Any]:
             bar.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
 
         yield update
+
+
+def _line_progress(label: str) -> Callable[[int, int], None]:
+    """Progress for log files: a line at the start, and one every ten seconds with rate and time left."""
+    print(f"{label} ...", file=sys.stderr, flush=True)
+    start = shown = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown >= 10 and done:
+            shown = now
+            rate = done / (now - start)
+            left = (total - done) / rate
+            print(f"  {label}: {done} of {total}, {rate:.2g}/s, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return update
 
 
 def _print_store(store: Any) -> None:
@@ -564,7 +581,7 @@ def _print_confusion(title: str, result: dict[str, Any], bands: str) -> None:
 def main() -> None:
     """Entry point: a user's mistake is one clear message and exit status 2, never a traceback."""
     try:
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except Pix2massError as error:
         _stop(str(error))
     except cyclopts.CycloptsError as error:
