@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from astropy import units as u
 from astropy.coordinates import SkyCoord, search_around_sky
@@ -18,8 +20,11 @@ def sky_folds(
     n_folds: int,
     separation_deg: float,
     seed: int,
+    source: Sequence[str] | np.ndarray | None = None,
 ) -> np.ndarray:
     """Deal clusters into folds of nearly equal size and like mass, friends-of-friends groups on the sky undivided.
+
+    With ``source`` every fold also gets its share of each label source, at all of that source's masses.
 
     Two clusters closer than the separation share pixels or large-scale structure; in different folds they would let
     the training part see the test part.
@@ -31,6 +36,7 @@ def sky_folds(
         n_folds: number of folds.
         separation_deg: clusters closer than this share a fold.
         seed: of the random dealing.
+        source: label source of each cluster, shape (n,); a group counts as its commonest one. None: mass alone.
 
     Returns:
         Fold number of each cluster, 0 to n_folds - 1, shape (n,).
@@ -51,12 +57,21 @@ def sky_folds(
     rng = np.random.default_rng(seed)
     size = np.bincount(group)
     mean_mass = np.bincount(group, weights=log10_m500c) / size
+    stratum = np.zeros(n_groups, int) if source is None else _commonest(np.asarray(source, str), group, n_groups)
     fold_size = np.zeros(n_folds)
     fold_of_group = np.zeros(n_groups, int)
-    # In order of mass, each group to the emptiest fold: sizes stay level and every fold gets all masses.
-    for index in np.lexsort((rng.random(n_groups), mean_mass)):
+    # Source by source in order of mass, each group to the emptiest fold: sizes stay level, every fold gets all masses.
+    for index in np.lexsort((rng.random(n_groups), mean_mass, stratum)):
         emptiest = np.flatnonzero(fold_size == fold_size.min())
         fold = rng.choice(emptiest)
         fold_of_group[index] = fold
         fold_size[fold] += size[index]
     return fold_of_group[group]
+
+
+def _commonest(source: np.ndarray, group: np.ndarray, n_groups: int) -> np.ndarray:
+    """Number of the commonest source in each group."""
+    names, code = np.unique(source, return_inverse=True)
+    counts = np.zeros((n_groups, len(names)), int)
+    np.add.at(counts, (group, code), 1)
+    return counts.argmax(axis=1)

@@ -17,7 +17,7 @@ import numpy as np
 from astropy.table import QTable
 
 from pix2mass.config import MockConfig
-from pix2mass.cosmology import H0_KM_S_MPC, MASS_DEFINITION, OMEGA_M, kpc_per_arcsec, r500c_kpc
+from pix2mass.cosmology import H0_KM_S_MPC, MASS_DEFINITION, OMEGA_M, kpc_per_arcsec, m_star_i_mag, r500c_kpc
 from pix2mass.images.mock.templates import RED_COLOUR_SCATTER_MAG, RED_COLOUR_SLOPE, colours_to_offsets, templates
 from pix2mass.types import Pix2massError
 
@@ -200,12 +200,6 @@ def richness_radius_kpc(richness: np.ndarray | float) -> np.ndarray:
     """R_c = (lambda/100)^0.2 / h Mpc with H0 = 100, in proper kpc of H0 = 70: Rykoff et al. 2014, ApJ 785, 104, eq.
     4."""
     return 1000.0 / (H0_KM_S_MPC / 100.0) * (np.asarray(richness, float) / 100.0) ** 0.2
-
-
-def m_star_i_mag(z: np.ndarray | float) -> np.ndarray:
-    """i magnitude of an L* cluster galaxy, 0.05 < z < 0.7: Rykoff et al. 2012, ApJ 746, 178 (18.39 at z = 0.25)."""
-    log_z = np.log(np.asarray(z, float))
-    return 22.44 + 3.36 * log_z + 0.273 * log_z**2 - 0.0618 * log_z**3 - 0.0227 * log_z**4
 
 
 def draw_clusters(config: MockConfig, n: int, seed: int, prefix: str) -> QTable:
