@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pix2mass.config import GridConfig, MockConfig
-from pix2mass.cosmology import kpc_per_arcsec, r500c_kpc
+from pix2mass.cosmology import kpc_per_arcsec, m_star_i_mag, r500c_kpc
 from pix2mass.images.mock import population
 from pix2mass.images.mock.population import Sources
 from pix2mass.images.mock.render import PSF_FWHM_PER_SIGMA, PSF_WING_RATIO, PSF_WING_SHARE, render, sersic_mixture
@@ -66,7 +66,7 @@ def test_catalogue_has_the_stated_ranges_and_scatters():
 
 def test_richness_of_a_mass_is_the_published_one():
     assert population.mean_richness(14.24) == pytest.approx(40.0)
-    assert population.m_star_i_mag(0.25) == pytest.approx(18.39, abs=0.01)
+    assert m_star_i_mag(0.25) == pytest.approx(18.39, abs=0.01)
 
 
 # --- population ---
@@ -90,7 +90,7 @@ def test_a_wider_box_holds_the_sources_of_a_narrower_one():
 
 
 def luminous_red_members(sources: Sources, z: float) -> np.ndarray:
-    limit = population.m_star_i_mag(z) + population.LUMINOUS_MAG
+    limit = m_star_i_mag(z) + population.LUMINOUS_MAG
     return sources.is_member & sources.is_red & (sources.mag[:, 3] < limit)
 
 
@@ -126,7 +126,7 @@ def test_members_follow_a_projected_nfw_profile():
 def test_red_members_lie_on_the_red_sequence(z):
     sources = population.galaxies(cluster(z=z, richness=400), CENTRED, 1200.0, 2)
     chosen = luminous_red_members(sources, z)
-    dm = sources.mag[chosen, 3] - population.m_star_i_mag(z)
+    dm = sources.mag[chosen, 3] - m_star_i_mag(z)
     colours = -np.diff(sources.mag[chosen], axis=1)
     expected = -np.diff(templates().red_magnitudes(np.array([z])))[0] + population.RED_COLOUR_SLOPE * dm[:, None]
     scatter = population.RED_COLOUR_SCATTER_MAG
@@ -139,7 +139,7 @@ def test_the_red_fraction_falls_outwards():
     red, radius = [], []
     for i in range(6):
         sources = population.galaxies(cluster(i, z, 14.8, richness=150), CENTRED, 2500.0, 1)
-        bright = sources.is_member & (sources.mag[:, 3] < population.m_star_i_mag(z) + 1.5)
+        bright = sources.is_member & (sources.mag[:, 3] < m_star_i_mag(z) + 1.5)
         red.append(sources.is_red[bright])
         radius.append((np.hypot(sources.x_arcsec, sources.y_arcsec) * kpc_per_arcsec(z) / r500c_kpc(14.8, z))[bright])
     red, radius = np.concatenate(red), np.concatenate(radius)

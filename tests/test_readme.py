@@ -12,7 +12,7 @@ from pix2mass.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = "".join(re.findall(r"```\n(.*?)```", README, re.DOTALL))
+BLOCKS = "".join(block for block in README.split("```")[1::2] if block.startswith("\n"))
 COMMANDS = re.findall(r"^pix2mass (.+?)(?:\s+#.*)?$", BLOCKS, re.MULTILINE)
 
 

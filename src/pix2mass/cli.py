@@ -15,6 +15,7 @@ from cyclopts import App, Parameter
 
 from pix2mass.config import (
     BuildConfig,
+    CatalogConfig,
     ExplainConfig,
     GridConfig,
     MockConfig,
@@ -32,7 +33,10 @@ app = App(
     help_format="markdown",
     version_flags=["--version"],
 )
-catalog_app = App(name="catalog", help="Check catalogues; list the frames and positions of an archive.")
+catalog_app = App(
+    name="catalog",
+    help="Check catalogues; build tables of clusters with and without mass; list the frames and positions of an archive.",
+)
 app.command(catalog_app)
 
 _flat = Parameter(name="*")
@@ -146,6 +150,47 @@ def check(catalog: Path, /, *, columns: Columns = "", out: Path | None = None) -
     if out is not None:
         write_catalog(table, out)
         print(f"wrote {out}")
+
+
+@catalog_app.command(name="build")
+def build_labels(
+    *,
+    out: Path,
+    config: Annotated[CatalogConfig | None, _flat] = None,
+    report: Annotated[bool, Parameter(negative="")] = False,
+    seed: Seed = 1,
+) -> None:
+    """Make the labelled and the unlabelled table from published catalogues, matched to redMaPPer, on one mass scale.
+
+    Example: `pix2mass catalog build --catalogs DATA/catalogs --out clusters --report`
+
+    Parameters
+    ----------
+    out
+        Folder for labelled.ecsv, unlabelled.ecsv, catalog.json and report.html.
+    report
+        Draw the report.
+    """
+    import json
+
+    from pix2mass.catalog import write_catalog
+    from pix2mass.catalog.labels import build as build_tables
+    from pix2mass.run import write_atomic
+
+    config = config or validate(CatalogConfig, {}, "pix2mass catalog build")
+    with _progress("reading catalogues") as progress:
+        result = build_tables(config, seed, progress)
+    write_catalog(result.labelled, out / "labelled.ecsv")
+    write_catalog(result.unlabelled, out / "unlabelled.ecsv")
+    summary = {**result.summary(), "config": config.model_dump(mode="json"), "seed": seed}
+    write_atomic(out / "catalog.json", json.dumps(_plain_numbers(summary), indent=1))
+    _print_labels(summary)
+    print(f"wrote {out / 'labelled.ecsv'}: {len(result.labelled)} clusters with a mass")
+    print(f"wrote {out / 'unlabelled.ecsv'}: {len(result.unlabelled)} clusters without")
+    if report:
+        from pix2mass.report import write_catalog_report
+
+        print(f"wrote {write_catalog_report(out)}")
 
 
 @catalog_app.command
@@ -480,6 +525,45 @@ def report(run: Path, /) -> None:
 
 
 # ---- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _print_labels(summary: dict[str, Any]) -> None:
+    """Matches, what was dropped and why, and the offsets between label sources before and after."""
+    print(f"{'source':<14} {'rows':>6} {'matched':>7} {'by name':>7} {'by chance':>9} {'label of':>8}")
+    for one in summary["matches"]:
+        print(
+            f"{one['source']:<14} {one['rows']:6d} {one['matched']:7d} {one['by_name']:7d} {one['by_chance']:9.1f} "
+            f"{one['chosen']:8d}{'   derived, not the published table' if one['derived'] else ''}"
+        )
+    for one in summary["matches"]:
+        print(f"{one['source']} rows without a label:")
+        for why, count in sorted(one["dropped"].items(), key=lambda item: -item[1]):
+            print(f"  {count:6d}  {why}")
+    scale = summary["scale"]
+    print("offsets between sources, median of log10 M500c (dex), as published and after:")
+    for before, after in zip(scale["before"], scale["after"], strict=True):
+        print(
+            f"  {before['first'] + ' - ' + before['second']:<22} {before['offset_dex']:+.3f} +- "
+            f"{before['error_dex']:.3f} ({before['n']} clusters)   {after['offset_dex']:+.3f}"
+        )
+    verb = {"apply": "subtracted", "carry": "written beside the labels", "none": "not used"}[summary["config"]["scale"]]
+    fitted = ", ".join(
+        f"{name} {value:+.3f} +- {scale['error_dex'][name]:.3f}"
+        for name, value in scale["offset_dex"].items()
+        if name != scale["reference"]
+    )
+    print(f"scale of {scale['reference']}; offsets {verb}: {fitted or 'none'}")
+    for message in summary["messages"]:
+        print(f"note: {message}")
+
+
+def _plain_numbers(value: Any) -> Any:
+    """The same with null for numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _plain_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain_numbers(inner) for inner in value]
+    return None if isinstance(value, float) and value != value else value
 
 
 def _folder(path: Path) -> Any:

@@ -117,6 +117,48 @@ class BuildConfig(Config):
         return self
 
 
+class CatalogConfig(Config):
+    """Labelled and unlabelled clusters from published catalogues. Give catalogs or vizier."""
+
+    catalogs: Path | None = None
+    """Folder of catalogue files: redMaPPer, MCXC, MCXC-II, PSZ2, ACT DR5, SPIDERS and your own, told by their columns."""
+    vizier: str | None = None
+    """Base URL of a VizieR service to fetch the catalogues from, e.g. https://vizier.cds.unistra.fr."""
+    cache: Path = Path("catalog-cache")
+    """Folder that keeps what was fetched; delete it to fetch again."""
+    prefer: str = "own,act-dr5,psz2,mcxc-ii,mcxc"
+    """Whose label a cluster gets where several have one, best first; a catalogue left out gives no labels."""
+    counterpart_names: bool = True
+    """Match by the names of redMaPPer clusters that a catalogue gives (PSZ2) before matching by position."""
+    radius_arcmin: float | None = Field(default=None, gt=0)
+    """Matching radius; the larger of half of R500 and the position error of each row if not given."""
+    dz: float = Field(default=0.05, gt=0)
+    """Matched clusters differ by less than this in redshift."""
+    scale: Literal["apply", "carry", "none"] = "apply"
+    """Offsets between label sources: subtract them, only write them beside each label, or leave labels as published."""
+    scale_reference: str = "mcxc"
+    """Label source whose scale is kept."""
+    bootstrap: int = Field(default=1000, ge=100)
+    """Resamplings for the errors of the offsets."""
+    concentration: Literal["diemer19", "duffy08", "bhattacharya13", "diemer15", "child18"] = "diemer19"
+    """Concentration-mass relation for masses that are not M500c."""
+    dust_maps: Path | None = None
+    """Folder with the two maps of Schlegel, Finkbeiner & Davis 1998, read through sfdmap2."""
+
+    @property
+    def preference(self) -> tuple[str, ...]:
+        """The names in ``prefer``."""
+        return tuple(name.strip().lower() for name in self.prefer.split(",") if name.strip())
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.catalogs is None) == (self.vizier is None):
+            raise ValueError("say where the catalogues are: --catalogs DIR or --vizier URL")
+        if not self.preference:
+            raise ValueError("prefer: name at least one label source")
+        return self
+
+
 class OptimConfig(Config):
     """What both trainings share."""
 

@@ -62,7 +62,7 @@ class Scale:
 
 
 def pair_offsets(labels: dict[str, np.ndarray], n_bootstrap: int, seed: int) -> list[Offset]:
-    """Offsets of all pairs of sources, the later source minus the earlier one, with at least 5 clusters in common.
+    """Offsets of all pairs of sources, the earlier one minus the later one, with at least 5 clusters in common.
 
     Args:
         labels: source -> log10 M500c per cluster, NaN where it has none, shape (n_clusters,) each.
@@ -71,7 +71,7 @@ def pair_offsets(labels: dict[str, np.ndarray], n_bootstrap: int, seed: int) -> 
     """
     rng = np.random.default_rng(seed)
     found = []
-    for second, first in combinations(labels, 2):
+    for first, second in combinations(labels, 2):
         difference = labels[first] - labels[second]
         difference = difference[np.isfinite(difference)]
         n = len(difference)
@@ -129,7 +129,7 @@ def _solve(matrix: np.ndarray, anchor: int) -> np.ndarray:
     n = len(matrix)
     rows, values, weights = [], [], []
     linked = np.eye(n, dtype=bool)
-    for second, first in combinations(range(n), 2):
+    for first, second in combinations(range(n), 2):
         difference = matrix[first] - matrix[second]
         difference = difference[np.isfinite(difference)]
         if len(difference) < _FEWEST_SHARED:

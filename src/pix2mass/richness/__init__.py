@@ -41,7 +41,6 @@ from pix2mass.richness.relation import (
     RichnessMassRelation,
     ScatterRelation,
     cross_validate,
-    log10_m500c_from,
     richness_mass_fit,
     richness_mass_fit_with_scatter,
 )
@@ -66,7 +65,6 @@ __all__ = [
     "calibrate",
     "colours_of",
     "cross_validate",
-    "log10_m500c_from",
     "m_star_i_mag",
     "measure",
     "radius_mpc",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pix2mass.cosmology import H0_KM_S_MPC, OMEGA_M
 from pix2mass.types import Pix2massError
 
 RICHNESS_FLOOR = 3.0
@@ -182,83 +181,53 @@ def _hessian(function, at: np.ndarray, step: float = 1e-3) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PublishedRelation:
-    """<M200m> = mass_msun (lambda/lambda_pivot)^slope ((1+z)/one_plus_z_pivot)^z_slope.
+    """<M> = mass_at_pivot (lambda/lambda_pivot)^slope ((1+z)/one_plus_z_pivot)^z_slope, in the paper's own definition.
 
     Attributes:
-        mass_msun: mass at the pivot in Msun of H0 = 70.
+        mass_at_pivot: in Msun, or in Msun/h if ``per_h``.
+        per_h: masses are in Msun/h, h = H0 / 100.
+        overdensity: definition of the mass, "200m" or "200c".
         lambda_pivot: pivot richness.
         slope: exponent of richness.
         one_plus_z_pivot: pivot of 1 + z.
         z_slope: exponent of 1 + z.
-        definition: of the mass, in colossus' notation.
-        reference: paper and place in it.
+        reference: the paper, the place in it, and what the relation holds for.
     """
 
-    mass_msun: float
+    mass_at_pivot: float
+    per_h: bool
+    overdensity: str
     lambda_pivot: float
     slope: float
     one_plus_z_pivot: float
     z_slope: float
-    definition: str
     reference: str
 
-    def predict(self, richness: ArrayLike, z: ArrayLike) -> np.ndarray:
-        """log10(M500c / Msun), converted with :func:`log10_m500c_from`."""
-        richness, z = np.broadcast_arrays(np.asarray(richness, float), np.asarray(z, float))
-        mass = (
-            np.log10(self.mass_msun)
-            + self.slope * np.log10(np.maximum(richness, RICHNESS_FLOOR) / self.lambda_pivot)
-            + self.z_slope * np.log10((1 + z) / self.one_plus_z_pivot)
-        )
-        return log10_m500c_from(mass, z, self.definition)
+    def mass(self, richness: ArrayLike, z: ArrayLike) -> np.ndarray:
+        """Masses of the paper's definition; ``catalog.masses.to_m500c`` brings them to M500c."""
+        ratio = np.maximum(np.asarray(richness, float), RICHNESS_FLOOR) / self.lambda_pivot
+        return self.mass_at_pivot * ratio**self.slope * ((1 + np.asarray(z, float)) / self.one_plus_z_pivot) ** self.z_slope
 
-
-_H = H0_KM_S_MPC / 100.0
 
 PUBLISHED = {
     "simet2017": PublishedRelation(
-        10**14.344 / _H, 40.0, 1.33, 1.0, 0.0, "200m",
+        10**14.344, True, "200m", 40.0, 1.33, 1.0, 0.0,
         "Simet et al. 2017, MNRAS 466, 3103, abstract: log10 M200m / (Msun/h) = 14.344 at lambda 40, slope 1.33; "
-        "redMaPPer SDSS DR8, z 0.10-0.33",
+        "weak lensing of redMaPPer SDSS DR8 clusters, z 0.10-0.33",
     ),
     "mcclintock2019": PublishedRelation(
-        3.081e14, 40.0, 1.356, 1.35, -0.30, "200m",
-        "McClintock et al. 2019, MNRAS 482, 1352, abstract: M200m = 3.081e14 Msun at lambda 40, z 0.35; redMaPPer DES "
-        "Y1, z 0.20-0.65",
+        3.081e14, False, "200m", 40.0, 1.356, 1.35, -0.30,
+        "McClintock et al. 2019, MNRAS 482, 1352, abstract: M200m = 3.081e14 Msun at lambda 40 and z 0.35; weak lensing "
+        "of redMaPPer DES Y1 clusters, z 0.20-0.65",
+    ),
+    "rykoff2012": PublishedRelation(
+        1e14 * np.exp(1.48), False, "200c", 60.0, 1.06, 1.0, 0.0,
+        "Rykoff et al. 2012, ApJ 746, 178, appendix: ln M200 / (1e14 Msun / h70) = 1.48 + 1.06 ln(lambda/60); abundance "
+        "matching of maxBCG clusters, z 0.10-0.30",
     ),
 }  # fmt: skip
-"""Mean relations by weak lensing. Their richness is redMaPPer's; DES lambda differs from SDSS lambda by a few per
-cent, which is not corrected."""
-
-
-def log10_m500c_from(log10_mass: ArrayLike, z: ArrayLike, definition: str) -> np.ndarray:
-    """Convert masses to M500c: NFW haloes with the concentrations of Diemer & Joyce 2019, ApJ 871, 168.
-
-    Args:
-        log10_mass: (n,) log10 M / Msun, H0 = 70.
-        z: (n,) redshifts.
-        definition: "200m", "200c", ... as colossus writes them.
-    """
-    from colossus.cosmology import cosmology
-    from colossus.halo import concentration, mass_defs
-
-    # sigma8 and ns enter through the concentration alone: Planck 2018 values.
-    cosmology.setCosmology(
-        "pix2mass", flat=True, H0=H0_KM_S_MPC, Om0=OMEGA_M, Ob0=0.049, sigma8=0.81, ns=0.965, persistence=""
-    )
-    log10_mass, z = np.broadcast_arrays(np.asarray(log10_mass, float), np.asarray(z, float))
-    # The change in log mass is smooth in mass and redshift: tables at few redshifts, linear between.
-    mass_grid = np.arange(11.0, 16.61, 0.2)
-    z_grid = np.arange(0.0, max(float(z.max(initial=0.1)), 0.1) + 0.11, 0.1)
-    change = np.empty((len(z_grid), len(mass_grid)))
-    for k, redshift in enumerate(z_grid):
-        mass_h = 10**mass_grid * _H
-        c = concentration.concentration(mass_h, definition, redshift, model="diemer19")
-        change[k] = np.log10(mass_defs.changeMassDefinition(mass_h, c, redshift, definition, "500c")[0] / mass_h)
-    from scipy.interpolate import RegularGridInterpolator
-
-    table = RegularGridInterpolator((z_grid, mass_grid), change, bounds_error=False, fill_value=np.nan)
-    return log10_mass + table(np.stack([z, log10_mass], axis=-1))
+"""Mean relations from the literature. Each belongs to its own richness and mass scale: DES lambda is not SDSS lambda, lambda
+of 2012 is not that of 2014, weak-lensing masses lie above those of X-rays and the SZ effect."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +235,7 @@ class BaselineScores:
     """Out-of-fold errors of the richness baseline and of the two methods that need no richness.
 
     Attributes:
-        mae_dex: mean over folds of the mean absolute error of the richness-mass relation.
+        mae_dex: mean absolute error of the richness-mass relation, mean over folds.
         mae_constant_dex: of the mean mass of the other folds.
         mae_redshift_dex: of a straight line in log10(1+z).
         predicted: (n,) out-of-fold log10 M500c from richness.
@@ -284,7 +253,7 @@ def cross_validate(
     log10_m500c: ArrayLike,
     fold: np.ndarray,
     errors: tuple[ArrayLike, ArrayLike] | None = None,
-    relation: PublishedRelation | None = None,
+    given: ArrayLike | None = None,
 ) -> BaselineScores:
     """Fit the relation, a constant and a line in redshift on all folds but one; predict that one; for each in turn.
 
@@ -294,21 +263,21 @@ def cross_validate(
         log10_m500c: (n,) masses.
         fold: (n,) fold numbers.
         errors: (n,) errors of lambda and of log10 mass, to fit with intrinsic scatter and errors on both axes.
-        relation: use this one as it is instead of a fit.
+        given: (n,) masses predicted from richness by some fixed relation, to score instead of a fit.
     """
     richness, z, mass = (np.asarray(values, float) for values in (richness, z, log10_m500c))
     terms, _ = _checked(richness, z, mass, 4)
     with_z = terms[:, [0, 2]]
     predicted, constant, redshift = np.empty((3, len(mass)))
-    if relation is not None:
-        predicted[:] = relation.predict(richness, z)
+    if given is not None:
+        predicted[:] = given
     for k in np.unique(fold):
         train, test = fold != k, fold == k
         constant[test] = mass[train].mean()
         redshift[test] = with_z[test] @ np.linalg.lstsq(with_z[train], mass[train], rcond=None)[0]
-        if relation is None and errors is None:
+        if given is None and errors is None:
             predicted[test] = richness_mass_fit(richness[train], z[train], mass[train]).predict(richness[test], z[test])
-        elif relation is None and errors is not None:
+        elif given is None and errors is not None:
             ex, ey = (np.asarray(e, float) for e in errors)
             fit = richness_mass_fit_with_scatter(richness[train], z[train], mass[train], ex[train], ey[train])
             predicted[test] = fit.predict(richness[test], z[test], ex[test])
