@@ -121,7 +121,7 @@ class CatalogConfig(Config):
     """Labelled and unlabelled clusters from published catalogues. Give catalogs or vizier."""
 
     catalogs: Path | None = None
-    """Folder of catalogue files: redMaPPer, MCXC, MCXC-II, PSZ2, ACT DR5, SPIDERS and your own, told by their columns."""
+    """Folder of catalogues told by their columns: redMaPPer, MCXC, MCXC-II, PSZ2, ACT DR5, SPIDERS and your own."""
     vizier: str | None = None
     """Base URL of a VizieR service to fetch the catalogues from, e.g. https://vizier.cds.unistra.fr."""
     cache: Path = Path("catalog-cache")
@@ -181,6 +181,8 @@ class PretrainConfig(OptimConfig):
 
     encoder: str = "small"
     """'small' (made for 2 cores) or any timm model name, e.g. resnet18; built with in_chans=1."""
+    gain_jitter: float = Field(default=0.2, ge=0)
+    """Spread (ln) of a random gain on every training image, so that a band's noise level gives nothing away."""
     epochs: int = Field(default=6, ge=1)
     """Most passes over the images."""
 
@@ -210,6 +212,21 @@ class TrainConfig(OptimConfig):
         if self.from_scratch and self.freeze_encoder:
             raise ValueError("from_scratch needs freeze_encoder = false: random frozen weights learn nothing")
         return self
+
+
+class BaselineConfig(Config):
+    """Masses from richness alone, by cross-validation: what every network is held against."""
+
+    folds: int = Field(default=10, ge=2)
+    """Number of folds."""
+    fold_separation_deg: float = Field(default=0.5, ge=0)
+    """Clusters closer than this on the sky share a fold."""
+    repeats: int = Field(default=20, ge=1)
+    """How often the folds are dealt anew; errors are means over these."""
+    relation: Literal["fit", "scatter", "simet2017", "mcclintock2019", "rykoff2012"] = "fit"
+    """Least squares ('fit'), with intrinsic scatter and errors on both axes ('scatter'), or a published relation."""
+    concentration: Literal["diemer19", "duffy08", "bhattacharya13", "diemer15", "child18"] = "diemer19"
+    """Concentration-mass relation that brings a published relation's masses to M500c."""
 
 
 class ExplainConfig(Config):

@@ -40,8 +40,6 @@ from pix2mass.types import Pix2massError
 Progress = Callable[[int, int], None]
 
 _PREDICT_BATCH = 64
-_GAIN_JITTER = 0.2
-"""Spread of the random gain (ln) in pretraining: a small error in the noise level must not betray the band."""
 _SCALER_SAMPLE = 128
 """Training clusters from which the scale of the features is taken."""
 _MIN_BAND_COVERAGE = 0.5
@@ -317,7 +315,7 @@ def _train_classifier(
             if epoch >= 0:
                 rng = np.random.default_rng([seed, epoch, int(indices[0])])
                 views = rng.integers(8, size=len(images))
-                gain = np.exp(_GAIN_JITTER * rng.standard_normal(len(images))).astype(np.float32)
+                gain = np.exp(config.gain_jitter * rng.standard_normal(len(images))).astype(np.float32)
                 images = torch.stack([dihedral(image, view) for image, view in zip(images, views, strict=True)])
                 images = torch.asinh(torch.sinh(images) * torch.from_numpy(gain)[:, None, None, None])
             return {"images": images, "band": band}
