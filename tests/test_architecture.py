@@ -41,6 +41,8 @@ MAY_BE_IMPORTED_BY: dict[str, set[str]] = {
     "zarr": {"store"},
     "zarrs": {"store"},
     "httpx": {"images", "catalog"},
+    "astroquery": {"catalog"},
+    "colossus": {"catalog"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "kcorrect": {"images/mock"},

@@ -148,8 +148,10 @@ KEYS = {
 def test_the_chain_leaves_all_it_promises(chain):
     metrics = chain.read_json("metrics.json")
     assert metrics.keys() >= KEYS and metrics["n"] == 150 and metrics["mock"]
-    assert metrics["seconds"].keys() >= {"mock", "pretrain", "train", "null", "evaluate", "predict", "explain", "report"}
-    assert metrics["mae_richness_dex"] < metrics["mae_dex"] < 0.85 * metrics["mae_constant_dex"]
+    stages = {"mock", "pretrain", "train", "null", "evaluate", "predict", "explain", "report"}
+    assert metrics["seconds"].keys() >= stages
+    assert metrics["mae_dex"] < 0.85 * metrics["mae_constant_dex"]
+    assert metrics["mae_richness_dex"] < 0.5 * metrics["mae_constant_dex"]
     assert metrics["mae_shuffled_dex"] > 0.9 * metrics["mae_constant_dex"]
     predictions = QTable.read(chain / "predictions.ecsv")
     assert len(predictions) == 150 and (np.asarray(predictions["log10_m500c_err"]) > 0).all()
@@ -187,9 +189,9 @@ def test_users_own_cutouts_get_masses(chain, tmp_path, capsys):
             wcs.wcs.crval, wcs.wcs.crpix = [cutout.ra_deg, cutout.dec_deg], [32.5, 32.5]
             finer = np.kron(cutout.flux[index], np.full((2, 2), 0.25, np.float32))
             fits.PrimaryHDU(finer, wcs.to_header()).writeto(tmp_path / f"{cluster_id}-{band}.fits")
-    QTable(
-        {"id": chosen, "ra_deg": store.ra_deg[rows], "dec_deg": store.dec_deg[rows], "z": store.z[rows]}
-    ).write(tmp_path / "mine.csv")
+    QTable({"id": chosen, "ra_deg": store.ra_deg[rows], "dec_deg": store.dec_deg[rows], "z": store.z[rows]}).write(
+        tmp_path / "mine.csv"
+    )
     words = ["predict", tmp_path / "mine.csv", "--run", chain.path, "--cutouts", f"{tmp_path}/{{id}}-{{band}}.fits"]
     assert pix2mass(*words, "--out", tmp_path / "mine.ecsv") == 0
     out = capsys.readouterr().out

@@ -159,7 +159,7 @@ def mock_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time; tests of the words do without."""
-    monkeypatch.setattr("pix2mass.report._data_uri", lambda *_: "data:,")
+    monkeypatch.setattr("pix2mass.report.run_page.data_uri", lambda *_: "data:,")
 
 
 def test_the_page_is_well_formed_and_needs_nothing_from_outside(mock_run):

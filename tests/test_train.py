@@ -16,6 +16,7 @@ from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore, build
 from pix2mass.train import (
     _EpochSampler,
+    _is_whole,
     band_confusion,
     error_scale,
     leave_one_group_out,
@@ -271,3 +272,13 @@ def test_store_type_is_what_the_package_exports():
     import pix2mass
 
     assert pix2mass.ImageStore is ImageStore
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", None])
+def test_a_checkpoint_cut_off_by_a_kill_is_not_trusted(tmp_path, content):
+    path = tmp_path / "last.ckpt"
+    torch.save({"a": torch.zeros(100)}, path)
+    assert _is_whole(path)
+    path.write_bytes(path.read_bytes()[:300] if content is None else content)
+    assert not _is_whole(path)
+    assert not _is_whole(tmp_path / "none.ckpt")

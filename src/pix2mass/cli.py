@@ -14,6 +14,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from pix2mass.config import (
+    BaselineConfig,
     BuildConfig,
     CatalogConfig,
     ExplainConfig,
@@ -35,7 +36,7 @@ app = App(
 )
 catalog_app = App(
     name="catalog",
-    help="Check catalogues; build tables of clusters with and without mass; list the frames and positions of an archive.",
+    help="Check catalogues; build tables of clusters with and without mass; list an archive's frames and positions.",
 )
 app.command(catalog_app)
 
@@ -52,11 +53,9 @@ Workers = Annotated[int, Parameter(help="Processes that make cutouts; 0 takes on
 # ---- the whole chain -------------------------------------------------------------------------------------------------
 
 
-@app.command
+@app.command(help_epilogue="Example: `pix2mass demo`")
 def demo(*, out: Path = Path("runs/demo"), workers: Workers = 0) -> None:
     """Run everything on a small mock survey with known truth: no data and no network needed.
-
-    Example: `pix2mass demo`
 
     Parameters
     ----------
@@ -66,11 +65,9 @@ def demo(*, out: Path = Path("runs/demo"), workers: Workers = 0) -> None:
     _run(RunConfig(name="demo", mock=MockConfig()), out, workers)
 
 
-@app.command
+@app.command(help_epilogue="Example: `pix2mass run configs/demo.toml`")
 def run(config: Path, /, *, out: Path | None = None, workers: Workers = 0) -> None:
     """Run all stages of a configuration file; stages whose inputs have not changed are skipped.
-
-    Example: `pix2mass run configs/demo.toml`
 
     Parameters
     ----------
@@ -126,11 +123,11 @@ def _print_summary(path: Path, metrics: dict[str, Any]) -> None:
 # ---- catalogues and images -------------------------------------------------------------------------------------------
 
 
-@catalog_app.command
+@catalog_app.command(
+    help_epilogue="Example: `pix2mass catalog check clusters.fits --columns ra_deg=RA,dec_deg=DEC,id=NAME`"
+)
 def check(catalog: Path, /, *, columns: Columns = "", out: Path | None = None) -> None:
     """Read a catalogue, list all that is wrong with it, or write it with the project's column names.
-
-    Example: `pix2mass catalog check clusters.fits --columns ra_deg=RA,dec_deg=DEC,id=NAME --out clusters.ecsv`
 
     Parameters
     ----------
@@ -152,7 +149,9 @@ def check(catalog: Path, /, *, columns: Columns = "", out: Path | None = None) -
         print(f"wrote {out}")
 
 
-@catalog_app.command(name="build")
+@catalog_app.command(
+    name="build", help_epilogue="Example: `pix2mass catalog build --catalogs DATA/catalogs --out clusters --report`"
+)
 def build_labels(
     *,
     out: Path,
@@ -161,8 +160,6 @@ def build_labels(
     seed: Seed = 1,
 ) -> None:
     """Make the labelled and the unlabelled table from published catalogues, matched to redMaPPer, on one mass scale.
-
-    Example: `pix2mass catalog build --catalogs DATA/catalogs --out clusters --report`
 
     Parameters
     ----------
@@ -193,11 +190,9 @@ def build_labels(
         print(f"wrote {write_catalog_report(out)}")
 
 
-@catalog_app.command
+@catalog_app.command(help_epilogue="Example: `pix2mass catalog frames DATA/sas --out frame-index.ecsv`")
 def frames(base: str, /, *, out: Path = Path("frame-index.ecsv")) -> None:
     """List the SDSS frames below a folder or URL from their headers, for `build --frame-index`.
-
-    Example: `pix2mass catalog frames DATA/sas --out frame-index.ecsv`
 
     Parameters
     ----------
@@ -214,7 +209,7 @@ def frames(base: str, /, *, out: Path = Path("frame-index.ecsv")) -> None:
     print(f"wrote {out}")
 
 
-@catalog_app.command
+@catalog_app.command(help_epilogue="Example: `pix2mass catalog positions DATA/sas --per-field 60 --out positions.ecsv`")
 def positions(
     base: str,
     /,
@@ -226,8 +221,6 @@ def positions(
     out: Path = Path("positions.ecsv"),
 ) -> None:
     """Draw random positions inside the frames of an archive: images to pretrain on, or empty sky to compare with.
-
-    Example: `pix2mass catalog positions DATA/sas --per-field 60 --margin-arcsec 30 --out positions.ecsv`
 
     Parameters
     ----------
@@ -252,7 +245,7 @@ def positions(
     print(f"wrote {out}: {len(table)} positions")
 
 
-@app.command
+@app.command(help_epilogue="Example: `pix2mass build clusters.ecsv --frames DATA/sas --out clusters.zarr`")
 def build(
     catalog: Path,
     /,
@@ -264,8 +257,6 @@ def build(
     workers: Workers = 1,
 ) -> None:
     """Make the images of a catalogue's clusters, from SDSS frames or from your own cutouts.
-
-    Example: `pix2mass build clusters.ecsv --frames DATA/sas --out clusters.zarr`
 
     Parameters
     ----------
@@ -283,7 +274,7 @@ def build(
     _print_store(store)
 
 
-@app.command
+@app.command(help_epilogue="Example: `pix2mass mock --out mock-survey --n-labelled 200 --n-unlabelled 200`")
 def mock(
     *,
     out: Path,
@@ -293,8 +284,6 @@ def mock(
     workers: Workers = 0,
 ) -> None:
     """Make a mock survey with known truth: catalogues with measured richness, and image stores.
-
-    Example: `pix2mass mock --out mock-survey --n-labelled 200 --n-unlabelled 200`
 
     Parameters
     ----------
@@ -311,7 +300,7 @@ def mock(
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-@app.command
+@app.command(help_epilogue="Example: `pix2mass pretrain positions.zarr --run runs/real --leave-one-group-out`")
 def pretrain(
     store: Path,
     /,
@@ -323,8 +312,6 @@ def pretrain(
     seed: Seed = 1,
 ) -> None:
     """Train network 1 on unlabelled images: which band is this?
-
-    Example: `pix2mass pretrain positions.zarr --run runs/real --leave-one-group-out`
 
     Parameters
     ----------
@@ -357,7 +344,7 @@ def pretrain(
         print(f"band accuracy on groups left out: mean {mean:.3f} (guessing gives {1 / len(images.grid.bands):.2f})")
 
 
-@app.command
+@app.command(help_epilogue="Example: `pix2mass train labelled.zarr labelled.ecsv --run runs/mine`")
 def train(
     store: Path,
     catalog: Path,
@@ -369,8 +356,6 @@ def train(
     seed: Seed = 1,
 ) -> None:
     """Train network 2 on the clusters that have a mass, once per fold, with the encoder of the run.
-
-    Example: `pix2mass train labelled.zarr labelled.ecsv --run runs/mine`
 
     Parameters
     ----------
@@ -390,11 +375,9 @@ def train(
     print(f"trained: {run}; next: pix2mass evaluate {run} {store}")
 
 
-@app.command
+@app.command(help_epilogue="Example: `pix2mass evaluate runs/mine labelled.zarr`")
 def evaluate(run: Path, store: Path, /, *, seed: Seed = 1) -> None:
     """Score a trained run beside constant, redshift-only, richness and shuffled-label baselines on the same folds.
-
-    Example: `pix2mass evaluate runs/mine labelled.zarr`
 
     Parameters
     ----------
@@ -413,7 +396,58 @@ def evaluate(run: Path, store: Path, /, *, seed: Seed = 1) -> None:
     _print_summary(run, metrics)
 
 
-@app.command
+@app.command(help_epilogue="Example: `pix2mass baseline labelled.ecsv --folds 10`")
+def baseline(
+    catalog: Path,
+    /,
+    *,
+    config: Annotated[BaselineConfig, _flat] = BaselineConfig(),  # noqa: B008
+    columns: Columns = "",
+    out: Path | None = None,
+    seed: Seed = 1,
+) -> None:
+    """Masses from richness, log10 M500c = a + b log10(lambda/40) + c log10((1+z)/1.3), beside constant and redshift.
+
+    Parameters
+    ----------
+    catalog
+        CSV, ECSV or FITS table with z, richness and log10_m500c; richness_err and log10_m500c_err for scatter.
+    out
+        JSON file for the numbers.
+    """
+    import json
+
+    from pix2mass import pipeline
+    from pix2mass.catalog import read_catalog
+
+    table = read_catalog(catalog, _columns(columns), need=("z",))
+    with _progress("dealing folds") as progress:
+        result = pipeline.richness_baseline(table, config, seed, progress)
+    print(
+        f"{result['n']} clusters, {config.folds} folds dealt {config.repeats} times; mean absolute error, dex "
+        "(spread over deals):"
+    )
+    for name, label in (("", "richness"), ("redshift_", "redshift only"), ("constant_", "constant")):
+        print(f"  {label:<14} {result[f'mae_{name}dex']:.3f} ({result[f'mae_{name}spread_dex']:.4f})")
+    if "a" in result:
+        print(f"  all clusters   a {result['a']:.3f}, b {result['b']:.3f}, c {result['c']:.2f}")
+    if "scatter_dex" in result:
+        errors = result["errors"]
+        print(
+            f"  errors         a {errors[0]:.3f}, b {errors[1]:.3f}, c {errors[2]:.2f}; intrinsic scatter "
+            f"{result['scatter_dex']:.3f} +- {errors[3]:.3f} dex"
+        )
+    if "reference" in result:
+        print(f"  {result['reference']}\n  median of relation minus label {result['offset_dex']:+.3f} dex")
+    if result["dropped"]:
+        print(f"  {result['dropped']} clusters without a richness or a mass were left out")
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+@app.command(
+    help_epilogue="Example: `pix2mass predict clusters.ecsv --run runs/demo --frames DATA/sas --out masses.ecsv`"
+)
 def predict(
     clusters: Path,
     /,
@@ -424,8 +458,6 @@ def predict(
     out: Path = Path("masses.ecsv"),
 ) -> None:
     """Masses with errors and flags, from a store of images or from a catalogue and the source of its images.
-
-    Example: `pix2mass predict clusters.ecsv --run runs/demo --frames DATA/sas --out masses.ecsv`
 
     Parameters
     ----------
@@ -471,7 +503,7 @@ def predict(
             print(f"  {flag.name}: {FLAG_MEANING[flag]}")
 
 
-@app.command
+@app.command(help_epilogue="Example: `pix2mass explain runs/demo clusters.zarr --ids RMJ222655.7-005503.6`")
 def explain(
     run: Path,
     store: Path,
@@ -482,8 +514,6 @@ def explain(
     out: Path | None = None,
 ) -> None:
     """Attribution maps: which pixels of which band make the mass.
-
-    Example: `pix2mass explain runs/demo clusters.zarr --ids RMJ222655.7-005503.6`
 
     Parameters
     ----------
@@ -507,11 +537,9 @@ def explain(
     print(f"wrote {len(paths)} maps to {paths[0].parent}")
 
 
-@app.command
+@app.command(help_epilogue="Example: `pix2mass report runs/demo`")
 def report(run: Path, /) -> None:
     """Write the run's report, one HTML page with all figures inside.
-
-    Example: `pix2mass report runs/demo`
 
     Parameters
     ----------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 from astropy.table import QTable
 
 from pix2mass.catalog import read_catalog, sky_folds, write_catalog
-from pix2mass.config import BuildConfig, GridConfig, MockConfig, RunConfig, TrainConfig
+from pix2mass.catalog.masses import MassDefinition, to_m500c
+from pix2mass.config import BaselineConfig, BuildConfig, GridConfig, MockConfig, RunConfig, TrainConfig
 from pix2mass.evaluate import evaluate
 from pix2mass.explain import explain
 from pix2mass.images.cutouts import CutoutSource
@@ -23,7 +24,17 @@ from pix2mass.images.mock.population import galaxies as galaxies_in_box
 from pix2mass.images.mock.source import MockSource
 from pix2mass.predict import predict
 from pix2mass.report import write_report
-from pix2mass.richness import calibrate, m_star_i_mag, reference_mag, richness
+from pix2mass.richness import (
+    PUBLISHED,
+    calibrate,
+    cross_validate,
+    m_star_i_mag,
+    reference_mag,
+    richness,
+    richness_mass_fit,
+    richness_mass_fit_with_scatter,
+    ten_sigma_depth_mag,
+)
 from pix2mass.run import RunFolder, digest
 from pix2mass.store import ImageStore, Source, build
 from pix2mass.train import pretrain, train
@@ -128,6 +139,9 @@ def measure_richness(catalog: QTable, source: MockSource, seed: int, progress: P
     width_arcsec = 1800.0
     fields = [observe(galaxies_in_box(field, config, width_arcsec, seed), field, seed) for field in blank]
     calibration = calibrate(members, members["z"], fields, len(fields) * width_arcsec**2)
+    depth_mag = ten_sigma_depth_mag(
+        {name: np.concatenate([field[name] for field in fields]) for name in ("mag", "mag_err")}
+    )
     value, error = np.empty(len(catalog)), np.empty(len(catalog))
     for row, cluster in enumerate(catalog):
         result = richness(
@@ -136,10 +150,70 @@ def measure_richness(catalog: QTable, source: MockSource, seed: int, progress: P
             float(cluster["ra_deg"]),
             float(cluster["dec_deg"]),
             *calibration,
+            i_limit_mag=depth_mag,
         )
         value[row], error[row] = result.richness, result.richness_err
         progress(row + 1, len(catalog))
     catalog["richness"], catalog["richness_err"] = value, error
+
+
+def richness_baseline(catalog: QTable, config: BaselineConfig, seed: int, progress: Progress) -> dict[str, Any]:
+    """Cross-validated masses from richness, from redshift alone and from nothing, folds dealt several times.
+
+    Args:
+        catalog: columns ra_deg, dec_deg, z, richness, log10_m500c, and their errors for a fit with scatter.
+        config: folds and the kind of relation.
+        seed: of the first deal; the following ones count up.
+        progress: called with the number of deals done and in all.
+
+    Returns:
+        ``n``, ``dropped``, ``mae_dex``, ``mae_constant_dex``, ``mae_redshift_dex`` and their spreads over deals; ``a``,
+        ``b``, ``c`` of all clusters for a fit, with ``scatter_dex`` and ``errors`` where scatter is fitted;
+        ``reference`` and ``offset_dex`` for a published relation.
+
+    Raises:
+        Pix2massError: too few clusters have a richness and a mass, or errors that the fit needs are missing.
+    """
+    needed = ["richness", "log10_m500c"] + (["richness_err", "log10_m500c_err"] if config.relation == "scatter" else [])
+    known = np.all([np.isfinite(np.asarray(catalog[name], float)) for name in needed], axis=0)
+    if known.sum() < 2 * config.folds:
+        have = ", ".join(f"{np.isfinite(np.asarray(catalog[name], float)).sum()} have {name}" for name in needed)
+        raise Pix2massError(
+            f"{known.sum()} of {len(catalog)} clusters have all that the fit needs ({have}), expected at least "
+            f"{2 * config.folds}; match the catalogue to one with richness first (pix2mass catalog build), use fewer "
+            "folds, or --relation fit, which needs no errors"
+        )
+    used: Any = catalog[known]
+    ra, dec, z, richness, mass = (
+        np.asarray(used[name], float) for name in ("ra_deg", "dec_deg", "z", "richness", "log10_m500c")
+    )
+    errors = given = None
+    facts: dict[str, Any] = {}
+    if config.relation == "fit":
+        facts = asdict(richness_mass_fit(richness, z, mass))
+    elif config.relation == "scatter":
+        errors = (np.asarray(used["richness_err"], float), np.asarray(used["log10_m500c_err"], float))
+        fit = richness_mass_fit_with_scatter(richness, z, mass, *errors)
+        facts = {**asdict(fit.relation), "scatter_dex": fit.scatter_dex, "errors": fit.errors}
+    else:
+        relation = PUBLISHED[config.relation]
+        definition = MassDefinition(relation.overdensity, per_h=relation.per_h)
+        given = np.log10(to_m500c(definition.msun(relation.mass(richness, z)), z, definition, config.concentration))
+        facts = {"reference": relation.reference, "offset_dex": float(np.median(given - mass))}
+    deals = []
+    for k in range(config.repeats):
+        fold = sky_folds(ra, dec, mass, config.folds, config.fold_separation_deg, seed + k)
+        score = cross_validate(richness, z, mass, fold, errors, given)
+        deals.append((score.mae_dex, score.mae_constant_dex, score.mae_redshift_dex))
+        progress(k + 1, config.repeats)
+    names = ("", "constant_", "redshift_")
+    return {
+        "n": len(used),
+        "dropped": int((~known).sum()),
+        **{f"mae_{name}dex": float(value) for name, value in zip(names, np.mean(deals, axis=0), strict=True)},
+        **{f"mae_{name}spread_dex": float(value) for name, value in zip(names, np.std(deals, axis=0), strict=True)},
+        **facts,
+    }
 
 
 def evaluate_run(folder: RunFolder, store: ImageStore, seed: int, reporter: Reporter) -> dict[str, Any]:

@@ -165,11 +165,20 @@ def _fit(
             callbacks=[best, stop, *([_Report(progress)] if progress else [])],
         )
         last = checkpoints / "last.ckpt"
-        resume = str(last) if last.exists() else None
+        resume = str(last) if _is_whole(last) else None
         trainer.fit(task, train, validation, ckpt_path=resume, weights_only=True)
     state = torch.load(checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
     task.load_state_dict(state)
     network.eval().cpu()
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is there and was not cut off by a kill while it was written; if it was, start over."""
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception:  # zip, pickle and file errors all mean the same: not whole
+        return False
+    return True
 
 
 def _split(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
-"""Cluster catalogues: one checked table whatever the file, published tables read and matched, masses on one scale, folds.
+"""Cluster catalogues: one checked table whatever the file; published tables, matched, with masses on one scale; folds.
 
-``build`` makes the labelled and the unlabelled table out of published catalogues; ``read_catalog`` reads a finished one.
+``labels.build`` makes the labelled and the unlabelled table of published ones; ``read_catalog`` reads a finished table.
 """
 
 from pix2mass.catalog.folds import sky_folds as sky_folds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,8 @@ from astropy.table import QTable
 
 from pix2mass.catalog.dust import reddening
 from pix2mass.catalog.match import candidate_pairs, chance_matches, match_one_to_one
-from pix2mass.catalog.published import (
-    CATALOGUES,
-    DERIVED,
-    PUBLISHED,
-    catalogue,
-    read_published,
-)
+from pix2mass.catalog.published import read_published
+from pix2mass.catalog.registry import CATALOGUES, DERIVED, PUBLISHED, catalogue
 from pix2mass.catalog.scale import Scale, fit_scale
 from pix2mass.catalog.table import check_catalog
 from pix2mass.config import CatalogConfig
@@ -93,7 +87,10 @@ class Labels:
         }
 
 
-def build(config: CatalogConfig, seed: int = 1, progress: Callable[[int, int], None] = lambda done, total: None) -> Labels:
+Progress = Callable[[int, int], None]
+
+
+def build(config: CatalogConfig, seed: int = 1, progress: Progress = lambda done, total: None) -> Labels:
     """Read the catalogues, match them to redMaPPer one to one, choose one label per cluster, put labels on one scale.
 
     Args:
@@ -153,7 +150,7 @@ def build(config: CatalogConfig, seed: int = 1, progress: Callable[[int, int], N
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def _read_all(config: CatalogConfig, progress: Callable[[int, int], None]) -> tuple[dict[str, QTable], list[str]]:
+def _read_all(config: CatalogConfig, progress: Progress) -> tuple[dict[str, QTable], list[str]]:
     """Catalogues by key (a user's own by its file's name), and what was left aside."""
     tables: dict[str, QTable] = {}
     messages: list[str] = []
@@ -170,7 +167,9 @@ def _read_all(config: CatalogConfig, progress: Callable[[int, int], None]) -> tu
     folder = config.catalogs
     paths = sorted(path for path in folder.iterdir() if path.name.lower().endswith(_FILES)) if folder.is_dir() else []
     if not paths:
-        raise Pix2massError(f"{folder}: expected a folder with cluster catalogues (FITS, VOTable, CSV or ECSV), found none")
+        raise Pix2massError(
+            f"{folder}: expected a folder with cluster catalogues (FITS, VOTable, CSV or ECSV), found none"
+        )
     for done, path in enumerate(paths):
         progress(done, len(paths))
         table = read_published(path, concentration=config.concentration)
@@ -200,10 +199,10 @@ def _preference(config: CatalogConfig, tables: Mapping[str, QTable], messages: l
         has_mass = np.isfinite(np.asarray(table["log10_m500c"], float)).any()
         if key in order and not has_mass:
             order.remove(key)
-            messages.append(f"{table.meta['file']}: no masses ({'; '.join(table.meta['notes'])})")
+            messages.append(f"{table.meta['file']}: gives no labels: {'; '.join(table.meta['notes'])}")
         elif key not in order:
-            why = "left out by --prefer" if has_mass else "no masses"
-            messages.append(f"{table.meta['file']}: gives no labels: {why} ({'; '.join(table.meta['notes'])})")
+            why = "left out by --prefer" if has_mass else "; ".join(table.meta["notes"])
+            messages.append(f"{table.meta['file']}: gives no labels: {why}")
     if not order:
         raise Pix2massError(
             f"no catalogue with masses: expected at least one of {', '.join(config.preference)}, found "
@@ -254,14 +253,18 @@ def _match(table: QTable, parent: QTable, config: CatalogConfig) -> tuple[Source
     why[(why == "") & ((z < low - config.dz) | (z > high + config.dz))] = "outside redMaPPer's redshifts"
     why[_duplicates(table, why == "")] = "second entry of the same cluster in this catalogue"
     open_rows = np.flatnonzero(why == "")
-    radius = matching_radius_arcmin(table) if config.radius_arcmin is None else np.full(len(table), config.radius_arcmin)
+    radius = (
+        matching_radius_arcmin(table) if config.radius_arcmin is None else np.full(len(table), config.radius_arcmin)
+    )
     rows: dict[int, int] = {}
     kinds: dict[int, str] = {}
     if config.counterpart_names and "name_redmapper" in table.colnames:
         by_name = {str(name): row for row, name in enumerate(parent["id"])}
+        unknown = 0
         for row in open_rows:
             target = by_name.get(str(table["name_redmapper"][row]))
             if target is None:
+                unknown += bool(str(table["name_redmapper"][row]))
                 continue
             if not abs(z[row] - float(parent["z"][target])) < config.dz:
                 why[row] = f"named counterpart differs in redshift by {config.dz} or more"
@@ -271,6 +274,8 @@ def _match(table: QTable, parent: QTable, config: CatalogConfig) -> tuple[Source
                 rows[target], kinds[target] = int(row), "name"
                 why[row] = "matched"
         found.by_name = len(rows)
+        if unknown:
+            found.notes.append(f"{unknown} redMaPPer names are not in the redMaPPer table: their positions decide")
     open_rows = np.flatnonzero(why == "")
     free = np.setdiff1d(np.arange(len(parent)), np.array(sorted(rows), int))
     left, right, reach = table[open_rows], parent[free], radius[open_rows]

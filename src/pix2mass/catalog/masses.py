@@ -35,8 +35,12 @@ _COLOSSUS = {
     "ns": 0.95,
     "persistence": "",
 }
-_COLUMN = re.compile(r"(?P<log>log10_)?m(?P<delta>\d+)(?P<density>[cm])(?P<scale>_1e14)?(_msun)?(?P<h>_h)?", re.IGNORECASE)
-_LOOKS_LIKE_MASS = re.compile(r"(log(10)?_?)?m_?(\d{3,4}|vir|delta|sz|tot|lens|wl|cluster|halo)\w*|.*mass.*", re.IGNORECASE)
+_COLUMN = re.compile(
+    r"(?P<log>log10_)?m(?P<delta>\d+)(?P<density>[cm])(?P<scale>_1e14)?(_msun)?(?P<h>_h)?", re.IGNORECASE
+)
+_LOOKS_LIKE_MASS = re.compile(
+    r"(log(10)?_?)?m_?(\d{3,4}|vir|delta|sz|tot|lens|wl|cluster|halo)\w*|.*mass.*", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,7 @@ def to_m500c(
         Pix2massError: the relation is not known.
     """
     if concentration not in CONCENTRATIONS:
-        raise Pix2massError(
-            f"concentration: expected one of {', '.join(CONCENTRATIONS)}, got {concentration!r}"
-        )
+        raise Pix2massError(f"concentration: expected one of {', '.join(CONCENTRATIONS)}, got {concentration!r}")
     mass, redshift = np.broadcast_arrays(np.asarray(mass_msun, float), np.asarray(z, float))
     if definition.overdensity == TARGET:
         return np.array(mass)

@@ -53,6 +53,7 @@ class RichnessResult:
         r_c_mpc: radius R_c(lambda) in proper Mpc of H0 = 70.
         scale: factor S >= 1 by which the counted members were multiplied.
         membership: (n,) probability of each galaxy of the catalogue, in its order.
+        calibrated: whether the red sequence was fitted to galaxies on both sides of this redshift.
     """
 
     richness: float
@@ -60,11 +61,13 @@ class RichnessResult:
     r_c_mpc: float
     scale: float
     membership: np.ndarray
+    calibrated: bool = True
 
     @property
     def extrapolated(self) -> bool:
-        """More than a fifth of the members lies where nothing was observed: use with care."""
-        return self.scale > 1 / (1 - MASKED_SHARE_MAX)
+        """Use with care: more than a fifth of the members lies where nothing was observed, or the red sequence is not
+        known at this redshift."""
+        return not self.calibrated or self.scale > 1 / (1 - MASKED_SHARE_MAX)
 
 
 def radius_mpc(richness: ArrayLike) -> np.ndarray:
@@ -152,7 +155,7 @@ def ten_sigma_depth_mag(galaxies: GALAXIES) -> float:
 def _depth_share(limit_dm: float, sigma: float) -> float:
     """Share of the filter's galaxies brighter than the catalogue's limit, both with magnitude errors ``sigma``."""
     wanted = _luminosity_filter(_DM_GRID) * _below(_DM_GRID, LUMINOUS_MAG, sigma)
-    return float(wanted[_DM_GRID < limit_dm].sum() / wanted.sum())
+    return float(wanted[limit_dm > _DM_GRID].sum() / wanted.sum())
 
 
 def richness(
@@ -232,13 +235,14 @@ def richness(
         return scale * probability.sum(axis=1) - value
 
     solution = _largest_root(excess)
+    calibrated = bool(red_sequence.z[0] <= z <= red_sequence.z[-1])
     if solution == 0:
-        return RichnessResult(0.0, 0.0, 0.0, 1.0, membership)
+        return RichnessResult(0.0, 0.0, 0.0, 1.0, membership, calibrated)
     probability, scale, r_c = members(np.array([solution]))
     p, s = probability[0], float(scale[0])
     membership[near] = p
     variance = s**2 * np.sum(p * (1 - p)) + (s - 1) * solution
-    return RichnessResult(float(solution), float(np.sqrt(variance)), float(r_c[0]), s, membership)
+    return RichnessResult(float(solution), float(np.sqrt(variance)), float(r_c[0]), s, membership, calibrated)
 
 
 def _chi2_density(chi2: np.ndarray) -> np.ndarray:
@@ -286,7 +290,8 @@ class SkyIndex:
     def near(self, ra_deg: float, dec_deg: float, radius_deg: float) -> np.ndarray:
         """Row numbers of a set of galaxies that holds all within ``radius_deg``, and some beyond."""
         low, high = dec_deg - radius_deg, dec_deg + radius_deg
-        strips = range(int((max(low, -90.0) + 90.0) / self._strip_deg), int((min(high, 90.0) + 90) / self._strip_deg) + 1)
+        bottom, top = ((np.clip(edge, -90.0, 90.0) + 90.0) / self._strip_deg for edge in (low, high))
+        strips = range(int(bottom), int(top) + 1)
         # Widest reach in right ascension of a circle on the sphere.
         widest = np.cos(np.radians(dec_deg)) if max(abs(low), abs(high)) < 89.9 else 0.0
         ratio = np.sin(np.radians(radius_deg)) / widest if widest > 0 else 1.0
@@ -327,8 +332,8 @@ def measure(
         progress: called with the number done and the number in all.
 
     Returns:
-        A row per cluster, in order: id, richness, richness_err, r_c_mpc, scale, and extrapolated (bool: more than a
-        fifth of the members was not observed). NaN and True where nothing can be measured.
+        A row per cluster, in order: id, richness, richness_err, r_c_mpc, scale, and extrapolated (bool, see
+        :attr:`RichnessResult.extrapolated`). NaN and True where nothing can be measured.
     """
     index = index or SkyIndex(galaxies["ra_deg"], galaxies["dec_deg"])
     z, ra, dec = (np.asarray(clusters[name], float) for name in ("z", "ra_deg", "dec_deg"))

@@ -110,7 +110,7 @@ def richness_mass_fit_with_scatter(
     richness_err: ArrayLike,
     log10_m500c_err: ArrayLike,
 ) -> ScatterRelation:
-    """Maximum likelihood with errors on both axes and intrinsic scatter: Kelly 2007, ApJ 665, 1489, section 4.1, with one
+    """Maximum likelihood with errors on both axes and intrinsic scatter: Kelly 2007, ApJ 665, 1489, section 4, with one
     Gaussian for the distribution of true richness, whose mean may change with redshift.
 
     Given z, (observed log richness, observed log mass) are jointly normal with covariance
@@ -205,8 +205,9 @@ class PublishedRelation:
 
     def mass(self, richness: ArrayLike, z: ArrayLike) -> np.ndarray:
         """Masses of the paper's definition; ``catalog.masses.to_m500c`` brings them to M500c."""
-        ratio = np.maximum(np.asarray(richness, float), RICHNESS_FLOOR) / self.lambda_pivot
-        return self.mass_at_pivot * ratio**self.slope * ((1 + np.asarray(z, float)) / self.one_plus_z_pivot) ** self.z_slope
+        richness_ratio = np.maximum(np.asarray(richness, float), RICHNESS_FLOOR) / self.lambda_pivot
+        z_ratio = (1 + np.asarray(z, float)) / self.one_plus_z_pivot
+        return self.mass_at_pivot * richness_ratio**self.slope * z_ratio**self.z_slope
 
 
 PUBLISHED = {
@@ -217,17 +218,17 @@ PUBLISHED = {
     ),
     "mcclintock2019": PublishedRelation(
         3.081e14, False, "200m", 40.0, 1.356, 1.35, -0.30,
-        "McClintock et al. 2019, MNRAS 482, 1352, abstract: M200m = 3.081e14 Msun at lambda 40 and z 0.35; weak lensing "
-        "of redMaPPer DES Y1 clusters, z 0.20-0.65",
+        "McClintock et al. 2019, MNRAS 482, 1352, abstract: M200m = 3.081e14 Msun at lambda 40, z 0.35, slope 1.356; "
+        "weak lensing of redMaPPer DES Y1 clusters, z 0.20-0.65",
     ),
     "rykoff2012": PublishedRelation(
         1e14 * np.exp(1.48), False, "200c", 60.0, 1.06, 1.0, 0.0,
-        "Rykoff et al. 2012, ApJ 746, 178, appendix: ln M200 / (1e14 Msun / h70) = 1.48 + 1.06 ln(lambda/60); abundance "
-        "matching of maxBCG clusters, z 0.10-0.30",
+        "Rykoff et al. 2012, ApJ 746, 178: ln(M200c / 1e14 Msun, h = 0.7) = 1.48 + 1.06 ln(lambda/60), as quoted by "
+        "later users of it, the paper's own text not seen; abundance matching of maxBCG clusters, z 0.10-0.30",
     ),
 }  # fmt: skip
-"""Mean relations from the literature. Each belongs to its own richness and mass scale: DES lambda is not SDSS lambda, lambda
-of 2012 is not that of 2014, weak-lensing masses lie above those of X-rays and the SZ effect."""
+"""Mean relations from the literature. Each belongs to its own richness and mass scale: DES lambda is not SDSS lambda,
+lambda of 2012 is not that of 2014, weak-lensing masses lie above those of X-rays and the SZ effect."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -122,6 +122,19 @@ PHOTOMETRY_SIGMA_NMGY = np.array(
 PHOTOMETRY_SIGMA_SCATTER_LN = 0.25
 """Scatter of those errors from galaxy to galaxy, common to the bands."""
 
+BLEND_ARCSEC = 2.1
+"""Sources closer than this are one source in the catalogue. Pairs of galaxies with i < 20.5 in the DR8 field are 0.0,
+0.2, 0.3, 0.55 of those of random positions at 0-1, 1-1.5, 1.5-2, 2-2.5 arcsec, and about 1.0 beyond; as many are
+missing as with a sharp limit at 2.1."""
+
+COMPLETENESS_I_MAG, COMPLETENESS_WIDTH_MAG = 20.83, 0.19
+"""Observed i at which half of the galaxies are listed, and the width (standard deviation) of the fall: counts of the
+DR8 field over those of the mock sky are 0.98, 0.86, 0.40 at i 20.25-20.5-20.75-21."""
+
+STARS_LISTED_R_MAG, STARS_LISTED_SHARE = 20.0, 0.05
+"""Stars fainter than this are taken for galaxies in this share of cases, of the order of what is stated for SDSS: right
+for 95% at r = 21 (Stoughton et al. 2002, AJ 123, 485)."""
+
 LUPTITUDE_SOFTENING = np.array([1.4e-10, 0.9e-10, 1.2e-10, 1.8e-10, 7.4e-10])
 """b of asinh magnitudes, in maggies: Lupton, Gunn & Szalay 1999, AJ 118, 1406; SDSS DR12 magnitudes page."""
 
@@ -676,32 +689,48 @@ def observe(
     seed: int,
     *,
     i_limit_mag: float = 21.0,
+    ideal: bool = False,
 ) -> dict[str, np.ndarray]:
     """The galaxy catalogue that a survey like SDSS DR8 would make of the sources.
+
+    Sources within ``BLEND_ARCSEC`` of a brighter one are merged with it, and lost with it where it is a star; faint
+    galaxies are listed in part; a few faint stars are listed as galaxies.
 
     Args:
         sources: the true sources.
         cluster: id, ra_deg and dec_deg of the box's centre (0, 0 where missing).
         seed: seed of the photometric noise.
         i_limit_mag: galaxies with a fainter observed i magnitude are not listed.
+        ideal: list every galaxy by itself, and no star.
 
     Returns:
         Columns ra_deg, dec_deg, mag (n, 5) and mag_err (n, 5): asinh magnitudes corrected for Galactic extinction, with
-        errors. Stars and diffuse light are left out. Columns truth_z, truth_red and truth_member are kept aside, for
-        calibration with spectroscopic redshifts and for tests; no measurement of richness reads them.
+        errors. Stars and diffuse light are left out. Columns truth_z, truth_red and truth_member, of the brightest
+        source of a blend, are kept aside, for calibration with spectroscopic redshifts and for tests; no measurement
+        of richness reads them.
     """
-    seen = sources[~sources.is_star & ~sources.is_diffuse]
     rng = stream(seed, str(cluster["id"]), "photometry")
+    seen = sources[~sources.is_diffuse]
+    flux = 10 ** (-0.4 * (seen.mag - 22.5))
+    if ideal:
+        alone = ~seen.is_star
+    else:
+        flux, alone = _blend(seen.x_arcsec, seen.y_arcsec, flux)
+        alone &= ~seen.is_star | ((seen.mag[:, 2] > STARS_LISTED_R_MAG) & (rng.random(len(seen)) < STARS_LISTED_SHARE))
+    seen, flux = seen[alone], flux[alone]
+    true_mag = 22.5 - 2.5 * np.log10(flux)
     common = PHOTOMETRY_SIGMA_SCATTER_LN * rng.normal(size=(len(seen), 1))
     log_sigma = np.stack(
-        [np.interp(seen.mag[:, k], PHOTOMETRY_MAG, np.log(PHOTOMETRY_SIGMA_NMGY[k])) for k in range(5)], axis=1
+        [np.interp(true_mag[:, k], PHOTOMETRY_MAG, np.log(PHOTOMETRY_SIGMA_NMGY[k])) for k in range(5)], axis=1
     )
     sigma = np.exp(log_sigma + common)
-    flux = 10 ** (-0.4 * (seen.mag - 22.5)) + sigma * rng.normal(size=sigma.shape)
+    flux = flux + sigma * rng.normal(size=sigma.shape)
     softening = 2e9 * LUPTITUDE_SOFTENING
     mag = -2.5 / np.log(10) * (np.arcsinh(flux / softening) + np.log(LUPTITUDE_SOFTENING))
     mag_err = 2.5 / np.log(10) * sigma / np.hypot(softening, flux)
     listed = mag[:, 3] < i_limit_mag
+    if not ideal:
+        listed &= mag[:, 3] + COMPLETENESS_WIDTH_MAG * rng.normal(size=len(mag)) < COMPLETENESS_I_MAG
     ra, dec = _offset_position(
         float(value(cluster, "ra_deg", 0.0)), float(value(cluster, "dec_deg", 0.0)), seen.x_arcsec, seen.y_arcsec
     )
@@ -714,6 +743,23 @@ def observe(
         "truth_red": seen.is_red[listed],
         "truth_member": seen.is_member[listed],
     }
+
+
+def _blend(x_arcsec: np.ndarray, y_arcsec: np.ndarray, flux: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fluxes (n, 5) with those of blended neighbours added to the brightest in i, and which sources are left (n,)."""
+    from scipy.spatial import cKDTree
+
+    left, total = np.ones(len(flux), bool), flux.copy()
+    if len(flux) < 2:
+        return total, left
+    pairs = cKDTree(np.column_stack([x_arcsec, y_arcsec])).query_pairs(BLEND_ARCSEC, output_type="ndarray")
+    order = np.argsort(flux[pairs, 3], axis=1)
+    faint, bright = np.take_along_axis(pairs, order, axis=1).T
+    for k in np.lexsort((-flux[faint, 3], -flux[bright, 3])):
+        if left[faint[k]] and left[bright[k]]:
+            left[faint[k]] = False
+            total[bright[k]] += flux[faint[k]]
+    return total, left
 
 
 def _offset_position(

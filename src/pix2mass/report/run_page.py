@@ -1,21 +1,17 @@
-"""Every figure of the project, and the report of a run: one HTML page that opens from disk.
+"""The report of a run: its figures and one HTML page that opens from disk.
 
 The page is made from the run folder alone. What the folder lacks is left out, with a sentence that says so.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib as mpl
 import numpy as np
 from astropy.table import Table
@@ -27,6 +23,18 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from pix2mass.cosmology import kpc_per_arcsec, r500c_kpc
+from pix2mass.report.drawing import (
+    BLUE,
+    MASS_LABEL,
+    ORANGE,
+    STYLE,
+    VERMILION,
+    data_uri,
+    format_number,
+    new_figure,
+    numbers,
+    page_template,
+)
 from pix2mass.run import RunFolder, write_atomic
 from pix2mass.types import BANDS, Pix2massError
 
@@ -55,19 +63,6 @@ _BINS = {
     "z": "Redshift",
     "reference_mass": "Reference mass, log₁₀ M500c / M☉ (coverage need not hold in these bins)",
     "predicted_mass": "Predicted mass, log₁₀ M500c / M☉",
-}
-_MASS = r"$\log_{10}\,(M_{500c}\,/\,M_\odot)$"
-_BLUE, _ORANGE, _GREEN, _VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"  # Okabe & Ito
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "pix2mass",
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
 }
 _RGB_WEIGHT = {"u": 3.0, "g": 1.5, "r": 1.0, "i": 0.7, "z": 0.55}
 """Weights with which an early-type galaxy at z about 0.2 comes out yellow in a colour composite."""
@@ -159,34 +154,21 @@ class ClusterMap:
 # ---- figures -------------------------------------------------------------------------------------------------------
 
 
-def _figure(width_in: float, height_in: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _data_uri(draw: Callable[[Axes], Any], width_in: float = 4.6, height_in: float = 3.9) -> str:
-    """Draw one panel and return it as an SVG for the src of an <img>."""
-    with mpl.rc_context(_STYLE):
-        figure, ax = _figure(width_in, height_in)
-        draw(ax)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", dpi=160, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def _draw_predicted(ax: Axes, table: Table, reference: str, reference_label: str) -> None:
-    x, y, err = (_column(table, name) for name in (reference, "log10_m500c", "log10_m500c_err"))
-    z = _column(table, "z")
+    x, y, err = (numbers(table, name) for name in (reference, "log10_m500c", "log10_m500c_err"))
+    z = numbers(table, "z")
     alpha = 0.25 if len(x) > 150 else 0.5
     ax.errorbar(x, y, yerr=err, fmt="none", ecolor="0.6", elinewidth=0.6, alpha=alpha, zorder=1, rasterized=True)
     coloured = np.isfinite(z).all()
-    colour: dict[str, Any] = {"c": z, "cmap": "viridis"} if coloured else {"color": _BLUE}
+    colour: dict[str, Any] = {"c": z, "cmap": "viridis"} if coloured else {"color": BLUE}
     points = ax.scatter(x, y, s=12 if len(x) > 150 else 20, zorder=2, rasterized=True, **colour)
     if coloured:
         ax.figure.colorbar(points, ax=ax, label="redshift", pad=0.02)
     low, high = np.nanmin([x.min(), y.min()]) - 0.1, np.nanmax([x.max(), y.max()]) + 0.1
-    ax.plot([low, high], [low, high], color=_VERMILION, lw=1.3, zorder=3, label="1:1")
-    ax.set(xlim=(low, high), ylim=(low, high), xlabel=f"{reference_label} {_MASS}", ylabel=f"predicted {_MASS}")
+    ax.plot([low, high], [low, high], color=VERMILION, lw=1.3, zorder=3, label="1:1")
+    ax.set(
+        xlim=(low, high), ylim=(low, high), xlabel=f"{reference_label} {MASS_LABEL}", ylabel=f"predicted {MASS_LABEL}"
+    )
     ax.set_aspect("equal")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MultipleLocator(0.5))
@@ -194,14 +176,14 @@ def _draw_predicted(ax: Axes, table: Table, reference: str, reference_label: str
 
 
 def _draw_residual(ax: Axes, x: np.ndarray, residual: np.ndarray, xlabel: str, log: bool = False) -> None:
-    ax.axhline(0, color=_VERMILION, lw=1.3)
-    ax.scatter(x, residual, s=8, color=_BLUE, alpha=0.35, linewidths=0, rasterized=True)
+    ax.axhline(0, color=VERMILION, lw=1.3)
+    ax.scatter(x, residual, s=8, color=BLUE, alpha=0.35, linewidths=0, rasterized=True)
     order = np.argsort(x)
     groups = np.array_split(order, max(2, min(8, len(x) // 12)))
     middle = [np.median(x[group]) for group in groups]
     median = [np.median(residual[group]) for group in groups]
     low, high = (np.array([np.percentile(residual[group], q) for group in groups]) for q in (16, 84))
-    ax.fill_between(middle, low, high, color=_ORANGE, alpha=0.3, lw=0, label="16 to 84 per cent")
+    ax.fill_between(middle, low, high, color=ORANGE, alpha=0.3, lw=0, label="16 to 84 per cent")
     ax.plot(middle, median, "o-", color="black", ms=4, lw=1.2, label="median")
     if log:
         ax.set_xscale("log")
@@ -213,9 +195,9 @@ def _draw_residual(ax: Axes, x: np.ndarray, residual: np.ndarray, xlabel: str, l
 
 def _draw_pulls(ax: Axes, pull: np.ndarray) -> None:
     edges = np.linspace(-4, 4, 33 if len(pull) > 200 else 17)
-    ax.hist(np.clip(pull, -4, 4), edges.tolist(), density=True, color=_BLUE, alpha=0.6, label="clusters")
+    ax.hist(np.clip(pull, -4, 4), edges.tolist(), density=True, color=BLUE, alpha=0.6, label="clusters")
     x = np.linspace(-4, 4, 201)
-    ax.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), color=_VERMILION, lw=1.6, label="unit normal")
+    ax.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), color=VERMILION, lw=1.6, label="unit normal")
     ax.set(xlim=(-4, 4), xlabel="(predicted - reference) / error", ylabel="density")
     ax.legend(loc="upper left", fontsize=8.5)
 
@@ -228,8 +210,8 @@ def _draw_coverage(ax: Axes, pull: np.ndarray) -> None:
     ax.fill_between(
         expected, expected - error, expected + error, color="0.75", alpha=0.6, lw=0, label="exact, sampling error"
     )
-    ax.plot([0, 1], [0, 1], color=_VERMILION, lw=1.3)
-    ax.plot(expected, found, color=_BLUE, lw=1.8, label="this run")
+    ax.plot([0, 1], [0, 1], color=VERMILION, lw=1.3)
+    ax.plot(expected, found, color=BLUE, lw=1.8, label="this run")
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="expected share inside the interval", ylabel="found share")
     ax.set_aspect("equal")
     ax.legend(loc="upper left", fontsize=8.5)
@@ -266,7 +248,7 @@ def _draw_methods(ax: Axes, methods: dict[str, dict[str, float]]) -> None:
         range(len(names)),
         mae,
         xerr=spread,
-        color=[_BLUE if name == "network" else _ORANGE if name.startswith("richness") else "0.7" for name in names],
+        color=[BLUE if name == "network" else ORANGE if name.startswith("richness") else "0.7" for name in names],
         error_kw={"elinewidth": 1},
     )
     ax.set_yticks(range(len(names)), [METHODS[name].replace(" (", "\n(").replace(", ", ",\n") for name in names])
@@ -384,7 +366,7 @@ def _cluster_panels(one: ClusterMap) -> list[dict[str, str]]:
             "title": title,
             "alt": f"{title} of {one.id}: {text}",
             # The composite has no colour bar: less tall, so that the four images come out the same size.
-            "src": _data_uri(draw, 3.0, 3.0 if title == "Image" else 3.6),
+            "src": data_uri(draw, 3.0, 3.0 if title == "Image" else 3.6),
         }
         for title, text, draw in panels
     ]
@@ -406,8 +388,8 @@ def confusion_figure(confusion: np.ndarray, bands: str, path: str | Path) -> Non
         raise Pix2massError(
             f"confusion: expected shape {(len(bands), len(bands))} for {bands!r}, got {confusion.shape}"
         )
-    with mpl.rc_context(_STYLE):
-        figure, ax = _figure(4.8, 4.0)
+    with mpl.rc_context(STYLE):
+        figure, ax = new_figure(4.8, 4.0)
         _draw_confusion(ax, confusion, bands)
         figure.savefig(path, dpi=160)
 
@@ -431,12 +413,12 @@ def overview_figure(folder: RunFolder, path: str | Path) -> None:
     reference, name = _reference(table)
     # The lightest and the heaviest show best what changes with mass.
     chosen = [maps[0], maps[-1]] if len(maps) > 1 else maps
-    with mpl.rc_context({**_STYLE, "font.size": 13}):
+    with mpl.rc_context({**STYLE, "font.size": 13}):
         figure = Figure(figsize=(16, 7), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=[1.12, 1])  # type: ignore[misc]
         ax = left.subplots()
         _draw_predicted(ax, table, reference, name)
-        residual = _column(table, "log10_m500c") - _column(table, reference)
+        residual = numbers(table, "log10_m500c") - numbers(table, reference)
         beside = [f"{name} {_mae(table, name):.3f}" for name in ("richness", "constant") if _has(table, name)]
         note = f" ({', '.join(beside)})" if beside else ""
         ax.set_title(f"{len(table)} clusters, MAE {_mae(table):.3f} dex{note}", fontsize=14)
@@ -446,17 +428,13 @@ def overview_figure(folder: RunFolder, path: str | Path) -> None:
         axes = right.subplots(len(chosen), 2, squeeze=False)
         for row, one in zip(axes, chosen, strict=True):
             _draw_composite(row[0], one)
-            row[0].set_title(f"{_MASS} = {one.log10_m500c:.2f} ± {one.log10_m500c_err:.2f}", fontsize=12)
+            row[0].set_title(f"{MASS_LABEL} = {one.log10_m500c:.2f} ± {one.log10_m500c_err:.2f}", fontsize=12)
             _draw_signed(row[1], one, one.joint, "dex per pixel", contours=True)
             row[1].set_title(f"what the networks used, z = {one.z:.2f}", fontsize=12)
         figure.savefig(path, dpi=100)
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
-
-
-def _column(table: Table, name: str) -> np.ndarray:
-    return np.asarray(np.ma.filled(np.ma.asarray(table[name], float), np.nan), float)
 
 
 def _reference(table: Table) -> tuple[str, str]:
@@ -470,7 +448,7 @@ def _has(table: Table, method: str) -> bool:
 
 def _mae(table: Table, method: str = "") -> float:
     """Mean over folds of the mean absolute error, as in metrics.json; of the network where no method is named."""
-    error = np.abs(_column(table, f"log10_m500c_{method}".rstrip("_")) - _column(table, _reference(table)[0]))
+    error = np.abs(numbers(table, f"log10_m500c_{method}".rstrip("_")) - numbers(table, _reference(table)[0]))
     fold = np.asarray(table["fold"])
     return float(np.mean([error[fold == k].mean() for k in np.unique(fold)]))
 
@@ -574,8 +552,7 @@ def write_report(folder: RunFolder) -> Path:
     if "network" in methods and lacking:
         parts.missing.append(f"baselines without scores, since the run lacks their input: {', '.join(lacking)}")
     found_bins = _inner(metrics, "bins")
-    page = _environment().from_string((resources.files("pix2mass") / "report.html.j2").read_text("utf-8"))
-    html = page.render(
+    html = page_template("run.html.j2").render(
         name=str(config.get("name") or folder.path.resolve().name),
         kind=_kind(metrics, config),
         summary=_summary(metrics, methods, pretrain),
@@ -584,7 +561,7 @@ def write_report(folder: RunFolder) -> Path:
         score_names=_SCORES,
         tables=_method_tables(metrics, methods),
         differences=_differences(metrics),
-        bars=_data_uri(lambda ax: _draw_methods(ax, methods), 5.0, 3.6) if "network" in methods else None,
+        bars=data_uri(lambda ax: _draw_methods(ax, methods), 5.0, 3.6) if "network" in methods else None,
         mass_figures=_mass_figures(table, parts.missing) if table is not None else [],
         calibration_figures=_calibration_figures(table) if table is not None else [],
         bins=[(title, found_bins[name]) for name, title in _BINS.items() if found_bins.get(name)],
@@ -599,28 +576,6 @@ def write_report(folder: RunFolder) -> Path:
     path = folder / "report.html"
     write_atomic(path, html)
     return path
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["number"] = _number
-    environment.filters["signed"] = lambda value, digits=3: _number(value, digits, "+")
-    environment.filters["duration"] = _duration
-    return environment
-
-
-def _number(value: Any, digits: int = 3, sign: str = "") -> str:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return "–"
-    return f"{value:{sign}.{digits}f}".replace("-", "−")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _kind(metrics: dict[str, Any], config: dict[str, Any]) -> str:
@@ -657,11 +612,12 @@ def _summary(metrics: dict[str, Any], methods: dict[str, dict[str, float]], pret
     folds = f", mean of {n_folds} folds" if n_folds else ""
     first = (
         f"The network weighs {metrics.get('n', 'the')} clusters that it was not trained on with a mean absolute error "
-        f"of {_number(network['mae_dex'])} dex against the {metrics.get('reference', 'reference')}{folds} (best fold "
-        f"{_number(network.get('mae_best_fold_dex'))}, spread {_number(network.get('mae_fold_spread_dex'))})."
+        f"of {format_number(network['mae_dex'])} dex against the {metrics.get('reference', 'reference')}{folds} "
+        f"(best fold {format_number(network.get('mae_best_fold_dex'))}, "
+        f"spread {format_number(network.get('mae_fold_spread_dex'))})."
     )
     others = [
-        f"{METHODS.get(name, name)} {_number(values['mae_dex'])}"
+        f"{METHODS.get(name, name)} {format_number(values['mae_dex'])}"
         for name, values in methods.items()
         if name != "network"
     ]
@@ -672,14 +628,14 @@ def _summary(metrics: dict[str, Any], methods: dict[str, dict[str, float]], pret
         if abs(against["difference_dex"]) < 2 * against["error_dex"]:
             verdict = "not distinguishable at two standard errors"
         second += (
-            f"; network minus richness is {_number(against['difference_dex'], 3, '+')} ± "
-            f"{_number(against['error_dex'])} dex ({verdict})"
+            f"; network minus richness is {format_number(against['difference_dex'], 3, '+')} ± "
+            f"{format_number(against['error_dex'])} dex ({verdict})"
         )
     third = (
-        f"The 68% error bars hold {_number(metrics.get('coverage_68'), 2)} ± "
-        f"{_number(metrics.get('coverage_68_error'), 2)} of the clusters and the 95% bars "
-        f"{_number(metrics.get('coverage_95'), 2)}; the slope of predicted on reference mass is "
-        f"{_number(network.get('slope'), 2)} (1 is perfect, 0 is the mean for all)"
+        f"The 68% error bars hold {format_number(metrics.get('coverage_68'), 2)} ± "
+        f"{format_number(metrics.get('coverage_68_error'), 2)} of the clusters and the 95% bars "
+        f"{format_number(metrics.get('coverage_95'), 2)}; the slope of predicted on reference mass is "
+        f"{format_number(network.get('slope'), 2)} (1 is perfect, 0 is the mean for all)"
     )
     accuracy, bands = pretrain.get("band_accuracy"), pretrain.get("bands")
     if isinstance(accuracy, float) and bands:
@@ -716,10 +672,10 @@ def _differences(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 def _residual_and_error(table: Table) -> tuple[np.ndarray, np.ndarray]:
     """Predicted minus reference mass in dex, and its standard deviation (label errors included on real data)."""
     reference, _ = _reference(table)
-    residual = _column(table, "log10_m500c") - _column(table, reference)
-    error = _column(table, "log10_m500c_err")
+    residual = numbers(table, "log10_m500c") - numbers(table, reference)
+    error = numbers(table, "log10_m500c_err")
     if reference == "log10_m500c_label" and "log10_m500c_label_err" in table.colnames:
-        error = np.hypot(error, np.nan_to_num(_column(table, "log10_m500c_label_err")))
+        error = np.hypot(error, np.nan_to_num(numbers(table, "log10_m500c_label_err")))
     return residual, error
 
 
@@ -731,16 +687,16 @@ def _mass_figures(table: Table, missing: list[str]) -> list[dict[str, str]]:
             "title": f"Predicted against {name} mass",
             "alt": f"Scatter plot of predicted against {name} log10 M500c of {len(table)} clusters with 68 per cent "
             f"error bars, coloured by redshift, and the 1:1 line. Mean absolute error {_mae(table):.3f} dex.",
-            "src": _data_uri(lambda ax: _draw_predicted(ax, table, reference, name), 5.2, 4.3),
+            "src": data_uri(lambda ax: _draw_predicted(ax, table, reference, name), 5.2, 4.3),
         }
     ]
     wanted = {
-        reference: ("mass", f"{name} {_MASS}", False),
+        reference: ("mass", f"{name} {MASS_LABEL}", False),
         "z": ("redshift", "redshift", False),
         "richness": ("richness", r"richness $\lambda$", True),
     }
     for column, (what, xlabel, log) in wanted.items():
-        x = _column(table, column) if column in table.colnames else np.full(len(table), np.nan)
+        x = numbers(table, column) if column in table.colnames else np.full(len(table), np.nan)
         usable = np.isfinite(x) & np.isfinite(residual) & ((x > 0) | (not log))
         if usable.sum() < 2:
             missing.append(f"{what} is not known: no figure of residuals against {what}")
@@ -750,7 +706,7 @@ def _mass_figures(table: Table, missing: list[str]) -> list[dict[str, str]]:
                 "title": f"Residuals against {what}",
                 "alt": f"Predicted minus {name} log10 M500c in dex against {what}, with running median and 16 to 84 "
                 f"per cent range. Mean {residual[usable].mean():+.3f} dex.",
-                "src": _data_uri(
+                "src": data_uri(
                     lambda ax, x=x, usable=usable, xlabel=xlabel, log=log: _draw_residual(
                         ax, x[usable], residual[usable], xlabel, log
                     )
@@ -771,13 +727,13 @@ def _calibration_figures(table: Table) -> list[dict[str, str]]:
             "title": "Residuals in units of the error",
             "alt": f"Histogram of residuals over errors beside a unit normal: mean {pull.mean():+.2f}, standard "
             f"deviation {pull.std():.2f}.",
-            "src": _data_uri(lambda ax: _draw_pulls(ax, pull)),
+            "src": data_uri(lambda ax: _draw_pulls(ax, pull)),
         },
         {
             "title": "Coverage of the intervals",
             "alt": "Share of clusters found inside the central interval against the share expected, with the sampling "
             f"error about exact coverage. At 68 per cent: {(np.abs(pull) <= 1).mean():.2f}.",
-            "src": _data_uri(lambda ax: _draw_coverage(ax, pull)),
+            "src": data_uri(lambda ax: _draw_coverage(ax, pull)),
         },
     ]
 
@@ -799,7 +755,7 @@ def _band_section(values: dict[str, Any], pretrain: dict[str, Any], missing: lis
         "figure": {
             "title": "Bands told by network 1",
             "alt": f"Band confusion matrix. Share told rightly per band: {each}.",
-            "src": _data_uri(lambda ax: _draw_confusion(ax, confusion, bands)),
+            "src": data_uri(lambda ax: _draw_confusion(ax, confusion, bands)),
         },
     }
 
