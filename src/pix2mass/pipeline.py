@@ -275,6 +275,7 @@ def train_run(
         config.folds,
         config.fold_separation_deg,
         seed,
+        source=[str(source) for source in usable["label_source"]],
     )
     folder.write_config(seed=seed, grid=store.grid, train=config)
     write_catalog(usable, folder / "catalog.ecsv")
