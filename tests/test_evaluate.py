@@ -108,7 +108,7 @@ def test_the_richness_baseline_recovers_a_power_law(rng):
 
 def test_baselines_without_input_are_left_out(rng):
     table, fold = catalog(rng)
-    table["richness"][3] = np.nan
+    table["richness"] = np.nan
     assert set(baselines(table, fold)) == {"constant", "redshift"}
     table["z"][3] = np.nan
     assert set(baselines(table, fold)) == {"constant"}
@@ -159,3 +159,31 @@ def test_shuffled_labels_as_good_as_real_ones_are_an_error(rng):
     table, fold = catalog(rng)
     with pytest.raises(Pix2massError, match="null test failed.*the network has learnt nothing"):
         evaluate(table, results(table, fold, 0.2, rng), results(table, fold, 0.2, rng), 1, {})
+
+
+def test_masses_that_are_not_finite_are_an_error(rng):
+    table, fold = catalog(rng)
+    broken = results(table, fold, 0.1, rng)
+    broken["log10_m500c"][3] = np.nan
+    with pytest.raises(Pix2massError, match="not finite"):
+        evaluate(table, broken, results(table, fold, 2.0, rng), 1, {})
+
+
+def test_clusters_without_a_richness_do_not_remove_the_rival(rng):
+    table, fold = catalog(rng)
+    without = np.arange(len(table)) % 4 == 0
+    table["richness"][without] = np.nan
+    out_of_fold = results(table, fold, 0.1, rng)
+    metrics, predictions = evaluate(table, out_of_fold, results(table, fold, 2.0, rng), 1, {})
+    assert metrics["n_richness"] == (~without).sum() < metrics["n"] == len(table)
+    assert (np.isfinite(predictions["log10_m500c_richness"]) == ~without).all()
+    reference = np.asarray(table["log10_m500c_true"])[~without]
+    same = {
+        name: scores(np.asarray(values)[~without], reference, fold[~without])["mae_dex"]
+        for name, values in (
+            ("network", out_of_fold["log10_m500c"]),
+            ("richness", predictions["log10_m500c_richness"]),
+        )
+    }
+    assert metrics["mae_richness_dex"] == pytest.approx(same["richness"])
+    assert metrics["ratio_to_richness"] == pytest.approx(same["network"] / same["richness"])

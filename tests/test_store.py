@@ -104,6 +104,10 @@ def test_refuses_duplicates_nan_and_appending_after_sealing(tmp_path):
     broken.flux[0, 0, 0] = np.nan
     with pytest.raises(Pix2massError, match="must be finite"):
         store.append(broken, "b", 0.2)
+    noiseless = cutout(3)
+    noiseless.sigma[~noiseless.mask] = 0
+    with pytest.raises(Pix2massError, match="sigma must be positive"):
+        store.append(noiseless, "b", 0.2)
     for bad_id in ("", "x" * 129):
         with pytest.raises(Pix2massError, match="1 to 128 bytes"):
             store.append(cutout(4), bad_id, 0.2)
@@ -187,6 +191,24 @@ def test_build_goes_on_without_redoing(tmp_path):
     assert source.made == before, "a sealed store of the same clusters is taken as it is"
     with pytest.raises(Pix2massError, match="other clusters"):
         build(toy_catalog(11, 2, "else"), source, tmp_path / "a.zarr", GRID)
+
+
+def test_build_does_not_pass_off_other_images(tmp_path):
+    """Same ids and grid, but another redshift, position or source of images: neither taken over nor continued."""
+    catalog = toy_catalog(6, 1)
+    moved, deeper = catalog.copy(), catalog.copy()
+    moved["dec_deg"][2] += 0.01
+    deeper["z"][4] += 0.1
+    build(catalog, ToySource(GRID), tmp_path / "sealed.zarr", GRID, {"source": "a"})
+    source = ToySource(GRID)
+    source.fail_at = 3
+    with pytest.raises(RuntimeError):
+        build(catalog, source, tmp_path / "begun.zarr", GRID, {"source": "a"})
+    for path in (tmp_path / "sealed.zarr", tmp_path / "begun.zarr"):
+        for table, provenance in ((moved, {"source": "a"}), (deeper, {"source": "a"}), (catalog, {"source": "b"})):
+            with pytest.raises(Pix2massError, match="other clusters, positions, redshifts or images"):
+                build(table, ToySource(GRID), path, GRID, provenance)
+        assert len(build(catalog, ToySource(GRID), path, GRID, {"source": "a"})) == 6
 
 
 def test_build_with_two_processes_gives_the_same_store(tmp_path):

@@ -105,6 +105,8 @@ def _print_summary(path: Path, metrics: dict[str, Any]) -> None:
             lines.append(f"  {label:<17} {metrics[f'mae_{name}_dex']:.3f}")
     if metrics["ratio_to_richness"] is not None:
         difference = metrics["network_minus"]["richness"]
+        if metrics["n_richness"] < metrics["n"]:
+            lines.append(f"  ({metrics['n_richness']} clusters have a richness; the ratio is of these)")
         lines.append(
             f"  ratio to richness {metrics['ratio_to_richness']:.2f}   difference "
             f"{difference['difference_dex']:+.3f} +- {difference['error_dex']:.3f}"
@@ -475,6 +477,10 @@ def predict(
     from pix2mass.predict import Predictor
     from pix2mass.store import ImageStore
 
+    if out.suffix not in (".ecsv", ".csv", ".fits"):
+        raise Pix2massError(f"--out {out}: choose a name ending in .ecsv, .csv or .fits")
+    if not clusters.exists():
+        raise Pix2massError(f"{clusters}: no such catalogue or image store")
     predictor = Predictor(run)
     if clusters.is_dir():
         if source is not None:
@@ -483,7 +489,8 @@ def predict(
     else:
         if source is None:
             raise Pix2massError(f"{clusters} is a catalogue: say where its images are with --frames or --cutouts")
-        table = read_catalog(clusters, _columns(columns), ("z",))
+        needs_z = predictor.info["use_redshift"] or predictor.grid.width_kpc
+        table = read_catalog(clusters, _columns(columns), ("z",) if needs_z else ())
         store = pipeline.build_store(table, source, predictor.grid, out.with_suffix(".zarr"), 1, _progress)
     with _progress("predicting") as progress:
         masses = pipeline.predict(predictor, store, progress)

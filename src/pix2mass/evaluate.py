@@ -12,6 +12,7 @@ from pix2mass.types import Pix2massError
 
 _OUTLIER_DEX = 0.5
 _BOOTSTRAPS = 2000
+_MIN_RICHNESS = 8
 
 
 def scores(estimate: np.ndarray, reference: np.ndarray, fold: np.ndarray) -> dict[str, float]:
@@ -73,7 +74,8 @@ def baselines(catalog: QTable, fold: np.ndarray) -> dict[str, np.ndarray]:
 
     Returns:
         ``constant`` (mean label), ``redshift`` (quadratic in z), ``richness`` and ``richness_true`` (mass-richness
-        relation with redshift), each (n,); without those whose input the catalogue lacks.
+        relation with redshift), each (n,), NaN for clusters without a richness; without those whose input the
+        catalogue lacks.
     """
     z, label = np.asarray(catalog["z"], float), np.asarray(catalog["log10_m500c"], float)
     out: dict[str, np.ndarray] = {"constant": np.empty(len(label))}
@@ -81,8 +83,10 @@ def baselines(catalog: QTable, fold: np.ndarray) -> dict[str, np.ndarray]:
     if with_z:
         out["redshift"] = np.empty(len(label))
     for name in ("richness", "richness_true"):
-        if with_z and name in catalog.colnames and np.isfinite(np.asarray(catalog[name], float)).all():
-            out[name] = np.empty(len(label))
+        if with_z and name in catalog.colnames:
+            known = np.isfinite(np.asarray(catalog[name], float))
+            if all(known[fold != k].sum() >= _MIN_RICHNESS for k in np.unique(fold)):
+                out[name] = np.full(len(label), np.nan)
     for k in np.unique(fold):
         train, test = fold != k, fold == k
         for name, values in out.items():
@@ -92,9 +96,9 @@ def baselines(catalog: QTable, fold: np.ndarray) -> dict[str, np.ndarray]:
                 values[test] = np.polyval(np.polyfit(z[train], label[train], 2), z[test])
             else:
                 richness = np.asarray(catalog[name], float)
-                values[test] = richness_mass_fit(richness[train], z[train], label[train]).predict(
-                    richness[test], z[test]
-                )
+                train, test = train & np.isfinite(richness), test & np.isfinite(richness)
+                relation = richness_mass_fit(richness[train], z[train], label[train])
+                values[test] = relation.predict(richness[test], z[test])
     return out
 
 
@@ -134,25 +138,37 @@ def evaluate(
     total_sigma = np.sqrt(sigma**2 + reference_err**2)
     pull = network_error / total_sigma
 
-    table = {name: scores(values, reference, fold) for name, values in methods.items()}
+    if not (np.isfinite(methods["network"]).all() and np.isfinite(sigma).all()):
+        raise Pix2massError("some out-of-fold masses are not finite: look at those images, then train again")
+
+    # A method that lacks some clusters is scored, and compared with the network, on those it has.
+    has = {name: np.isfinite(values) for name, values in methods.items()}
+    table = {name: scores(values[has[name]], reference[has[name]], fold[has[name]]) for name, values in methods.items()}
     differences = {
-        name: paired_difference(network_error, np.abs(values - reference), seed)
+        name: paired_difference(network_error[has[name]], np.abs(values - reference)[has[name]], seed)
         for name, values in methods.items()
         if name != "network"
     }
     network = table["network"]
+    ratio = None
+    if "richness" in methods:
+        same = has["richness"]
+        ratio = scores(methods["network"][same], reference[same], fold[same])["mae_dex"] / table["richness"]["mae_dex"]
     metrics: dict[str, Any] = {
         "n": len(fold),
         "mock": mock,
         "reference": "true mass of the mock" if mock else "measured label",
         **network,
         **{f"mae_{name}_dex": table[name]["mae_dex"] for name in table if name != "network"},
-        "ratio_to_richness": network["mae_dex"] / table["richness"]["mae_dex"] if "richness" in table else None,
+        "n_richness": int(has["richness"].sum()) if "richness" in methods else 0,
+        "ratio_to_richness": ratio,
         "coverage_68": float((pull <= 1.0).mean()),
         "coverage_95": float((pull <= 1.959964).mean()),
         "coverage_68_error": float(np.sqrt(0.6827 * 0.3173 / len(fold))),
         "methods": table,
-        "methods_against_label": {name: scores(values, label, fold) for name, values in methods.items()},
+        "methods_against_label": {
+            name: scores(values[has[name]], label[has[name]], fold[has[name]]) for name, values in methods.items()
+        },
         "network_minus": differences,
         "per_fold": [
             {"fold": int(k), "n": int((fold == k).sum()), "mae_dex": float(network_error[fold == k].mean())}
@@ -162,7 +178,7 @@ def evaluate(
         **facts,
     }
     null = differences["shuffled"]
-    if float(null["difference_dex"]) + 2 * float(null["error_dex"]) >= 0:  # type: ignore[arg-type]
+    if not float(null["difference_dex"]) + 2 * float(null["error_dex"]) < 0:  # type: ignore[arg-type]
         raise Pix2massError(
             f"null test failed: the error is {table['shuffled']['mae_dex']:.3f} dex with shuffled labels and "
             f"{network['mae_dex']:.3f} dex with the real ones: the network has learnt nothing from the labels. "
@@ -223,6 +239,6 @@ def _bins(
                 "coverage_68": float((np.abs(residual) <= limit).mean()),
             }
             if "richness" in methods:
-                entry["mae_richness_dex"] = float(np.abs(methods["richness"][inside] - reference[inside]).mean())
+                entry["mae_richness_dex"] = float(np.nanmean(np.abs(methods["richness"][inside] - reference[inside])))
             out[name].append(entry)
     return out

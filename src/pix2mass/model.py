@@ -120,6 +120,26 @@ class Encoder(nn.Module):
         self.channels = tuple(self.backbone.feature_info.channels())  # type: ignore[union-attr]
         self.strides = tuple(self.backbone.feature_info.reduction())  # type: ignore[union-attr]
 
+    def check(self, n_pixels: int) -> None:
+        """Refuse images of a size that the backbone cannot take, or a backbone whose maps are not (n, channels, h, w).
+
+        Raises:
+            Pix2massError: says what went wrong.
+        """
+        training = self.training
+        try:
+            with torch.no_grad():
+                levels = self.eval()(torch.zeros(1, 1, n_pixels, n_pixels))
+            shapes = [tuple(level.shape[:2]) for level in levels]
+            if shapes != [(1, channels) for channels in self.channels]:
+                raise ValueError(f"its maps have shapes {[tuple(level.shape) for level in levels]}")
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise Pix2massError(
+                f"encoder {self.name!r} does not take images of {n_pixels} x {n_pixels} pixels: {error}; choose a "
+                "convolutional encoder such as small or resnet18"
+            ) from None
+        self.train(training)
+
     def forward(self, image: Tensor) -> list[Tensor]:
         """Feature maps.
 

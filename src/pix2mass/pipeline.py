@@ -37,7 +37,7 @@ from pix2mass.richness import (
 )
 from pix2mass.run import RunFolder, digest
 from pix2mass.store import ImageStore, Source, build
-from pix2mass.train import pretrain, train
+from pix2mass.train import pretrain, shared_positions, train
 from pix2mass.types import Pix2massError
 
 Progress = Callable[[int, int], None]
@@ -235,7 +235,10 @@ def evaluate_run(folder: RunFolder, store: ImageStore, seed: int, reporter: Repo
         null[name] = np.asarray(catalog[name])[order]
     with reporter("training on shuffled labels (null test)") as progress:
         shuffled = train(store, null, np.asarray(folds["fold"]), folder, config, seed, "null", progress)
+    if [str(value) for value in out_of_fold["id"]] != [str(value) for value in catalog["id"]]:
+        raise Pix2massError(f"{folder.path}: the training did not finish; run `pix2mass train` again")
     pretrained = folder.read_json("pretrain.json")
+    seen = shared_positions(store, pretrained)
     with folder.stage("evaluate", digest(out_of_fold["log10_m500c"].tolist(), seed)):
         metrics, predictions = evaluate(
             catalog,
@@ -250,7 +253,8 @@ def evaluate_run(folder: RunFolder, store: ImageStore, seed: int, reporter: Repo
                 ],
                 "band_accuracy": pretrained["band_accuracy"],
                 "band_confusion": pretrained["band_confusion"],
-                "pretraining_saw_test_images": pretrained["store_checksum"] == store.checksum,
+                "labelled_seen_in_pretraining": seen,
+                "pretraining_saw_test_images": seen > 0,
             },
         )
         write_catalog(predictions, folder / "predictions.ecsv")
@@ -263,10 +267,14 @@ def train_run(
     folder: RunFolder, store: ImageStore, catalog: QTable, config: TrainConfig, seed: int, reporter: Reporter
 ) -> None:
     """Deal the folds, keep them and the catalogue in the run folder, and train one network 2 per fold."""
-    usable = catalog[np.isfinite(np.asarray(catalog["log10_m500c"], float))]
+    labelled = catalog[np.isfinite(np.asarray(catalog["log10_m500c"], float))]
+    rows = store.rows([str(cluster_id) for cluster_id in labelled["id"]])
+    usable = labelled[np.isfinite(store.noise[rows]).any(axis=1)]
+    if len(usable) < len(labelled):
+        folder.announce(f"{len(labelled) - len(usable)} labelled clusters have no usable pixels and are left out")
     if len(usable) < 2 * config.folds:
         raise Pix2massError(
-            f"{len(usable)} clusters have a mass in column log10_m500c, expected at least {2 * config.folds}"
+            f"{len(usable)} clusters have a mass in column log10_m500c and pixels, expected at least {2 * config.folds}"
         )
     fold = sky_folds(
         np.asarray(usable["ra_deg"], float),
@@ -277,11 +285,11 @@ def train_run(
         seed,
         source=[str(source) for source in usable["label_source"]],
     )
+    with reporter(f"training network 2, {config.folds} folds") as progress:
+        train(store, usable, fold, folder, config, seed, progress=progress)
     folder.write_config(seed=seed, grid=store.grid, train=config)
     write_catalog(usable, folder / "catalog.ecsv")
     write_catalog(QTable({"id": usable["id"], "fold": fold}), folder / "folds.ecsv")
-    with reporter(f"training network 2, {config.folds} folds") as progress:
-        train(store, usable, fold, folder, config, seed, progress=progress)
     folder.write_provenance(seed, stores={"labelled": store.checksum})
 
 
@@ -307,6 +315,10 @@ def run(config: RunConfig, folder: RunFolder, workers: int, reporter: Reporter) 
         with folder.stage("predict", key), reporter("predicting unlabelled clusters") as progress:
             write_catalog(predict(folder, survey.unlabelled_store, progress), outputs[0])
     evaluate_run(folder, survey.labelled_store, config.seed, reporter)
+    if "log10_m500c_true" in survey.unlabelled.colnames:
+        folder.write_json(
+            "metrics.json", {**folder.read_json("metrics.json"), "unlabelled": _unlabelled(folder, survey)}
+        )
     key = digest("explain", trained, config.explain)
     ids = choose_clusters(folder, config.explain.n_clusters)
     if not folder.is_done("explain", key, folder / "maps"):
@@ -319,6 +331,20 @@ def run(config: RunConfig, folder: RunFolder, workers: int, reporter: Reporter) 
     metrics["seconds"] = {name: record["seconds"] for name, record in folder.stages.items()}
     folder.write_json("metrics.json", metrics)
     return metrics
+
+
+def _unlabelled(folder: RunFolder, survey: Survey) -> dict[str, Any]:
+    """How well predict does on the mock's unlabelled clusters: their labels trained nothing, their truth is known."""
+    masses = QTable.read(folder / "masses.ecsv", format="ascii.ecsv")
+    error = np.asarray(masses["log10_m500c"]) - np.asarray(survey.unlabelled["log10_m500c_true"])
+    pull = np.abs(error) / np.asarray(masses["log10_m500c_err"])
+    return {
+        "n": len(error),
+        "mae_dex": float(np.abs(error).mean()),
+        "bias_dex": float(error.mean()),
+        "coverage_68": float((pull <= 1.0).mean()),
+        "coverage_95": float((pull <= 1.959964).mean()),
+    }
 
 
 def choose_clusters(folder: RunFolder, n: int) -> list[str]:
@@ -344,7 +370,9 @@ def _survey(config: RunConfig, folder: RunFolder, workers: int, reporter: Report
     tables = {name: read_catalog(getattr(data, name), need=need) for name in ("labelled", "unlabelled")}
     stores = {}
     for name, table in tables.items():
-        key = digest("build", source, config.grid, table["id"].tolist(), table["ra_deg"].tolist())
+        key = digest(
+            "build", source, config.grid, *(table[column].tolist() for column in ("id", "ra_deg", "dec_deg", "z"))
+        )
         out = folder / f"{name}-{key}.zarr"
         if folder.is_done(f"build-{name}", key, out):
             stores[name] = ImageStore.open(out)

@@ -78,14 +78,14 @@ class Predictor:
         Returns:
             log10 M500c (n,) and its calibrated standard deviation in dex (n,).
         """
-        means, sigmas = [], []
-        for view in range(self.info["views"]):
-            turned, turned_valid = dihedral(images, view), dihedral(valid, view)
-            for regressor in self.regressors:
-                mean, sigma = regressor(turned, turned_valid, z)
-                means.append(mean)
-                sigmas.append(sigma * self.info["error_scale"])
-        return combine(torch.stack(means), torch.stack(sigmas))
+        folds = []
+        for regressor in self.regressors:
+            views = [regressor(dihedral(images, view), dihedral(valid, view), z) for view in range(self.info["views"])]
+            folds.append(combine(*(torch.stack(values) for values in zip(*views, strict=True))))
+        means, sigmas = (torch.stack(values) for values in zip(*folds, strict=True))
+        # The scale was calibrated on single networks, whose disagreement it already covers: adding their spread would
+        # count it twice. The mean of several errs a little less than one, so these errors are mildly conservative.
+        return means.mean(dim=0), self.info["error_scale"] * torch.sqrt((sigmas**2).mean(dim=0))
 
 
 def predict(
@@ -136,6 +136,7 @@ def predict(
             redshift = torch.tensor(np.nan_to_num(z[rows[usable]]), dtype=torch.float32)
             estimate = predictor.estimate(images, valid, redshift)
             mean[rows[usable]], sigma[rows[usable]] = (values.numpy() for values in estimate)
+        flags[rows[~np.isfinite(mean[rows])]] |= Flag.NO_ESTIMATE
         if progress:
             progress(int(rows[-1]) + 1, len(store))
     return QTable(

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import tomli_w
 
@@ -119,7 +120,7 @@ class RunFolder:
         """
         facts: dict[str, Any] = {}
         # A stopped and resumed stage keeps the time it took before.
-        clock = self / f".{name}.seconds"
+        clock = self / f".{quote(name, safe='')}.seconds"
         before = float(clock.read_text()) if clock.exists() else 0.0
         start = time.monotonic()
         self.log(f"{name}: start")

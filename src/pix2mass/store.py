@@ -116,16 +116,19 @@ class ImageStore:
     # ---- opening -----------------------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, path: str | Path, grid: GridConfig, provenance: Mapping[str, Any] | None = None) -> ImageStore:
+    def create(
+        cls, path: str | Path, grid: GridConfig, provenance: Mapping[str, Any] | None = None, inputs: str = ""
+    ) -> ImageStore:
         """Start a store, or go on with an unsealed one on the same grid.
 
         Args:
             path: folder to write.
             grid: the grid of every cutout.
             provenance: JSON-able facts about the images' source.
+            inputs: digest of what the images are made from; an unfinished store made from something else is refused.
 
         Raises:
-            Pix2massError: the path holds a sealed store, a store on another grid, or something else.
+            Pix2massError: the path holds a sealed store, a store of other images, or something else.
         """
         path = Path(path)
         if (path / "zarr.json").exists():
@@ -137,6 +140,7 @@ class ImageStore:
                     f"{path}: an unfinished store on another grid lies here ({_describe(store.grid)}; "
                     f"asked for {_describe(grid)}); remove it or choose another path"
                 )
+            store.check_inputs(inputs)
             return store
         if path.exists() and any(path.iterdir()):
             raise Pix2massError(f"{path}: the folder is not empty and holds no image store; choose another path")
@@ -166,8 +170,21 @@ class ImageStore:
             "sealed": False,
             "grid": grid.model_dump(mode="json"),
             "provenance": dict(provenance or {}),
+            "inputs": inputs,
         }
         return cls(path, group)
+
+    def check_inputs(self, inputs: str) -> None:
+        """Refuse to pass as, or to be continued with, images made from something else.
+
+        Raises:
+            Pix2massError: the digest is not the one the store was started with.
+        """
+        if self._header["inputs"] != inputs:
+            raise Pix2massError(
+                f"{self.path}: a store of other clusters, positions, redshifts or images lies here "
+                f"({len(self)} rows); remove it or choose another path"
+            )
 
     @classmethod
     def open(cls, path: str | Path) -> ImageStore:
@@ -211,6 +228,8 @@ class ImageStore:
             raise Pix2massError(f"{cluster_id}: the store holds cutouts of shape {expected}, got {cutout.flux.shape}")
         if not (np.isfinite(cutout.flux).all() and np.isfinite(cutout.sigma).all()):
             raise Pix2massError(f"{cluster_id}: flux and sigma must be finite; put 0 and mask=True where they are not")
+        if not (cutout.sigma[~cutout.mask] > 0).all():
+            raise Pix2massError(f"{cluster_id}: sigma must be positive wherever the mask is False")
         if cluster_id in self._id_set:
             raise Pix2massError(f"{cluster_id}: this id is already in {self.path}; ids must be unique")
         if not cluster_id or len(cluster_id.encode()) > MAX_ID_BYTES or len(group.encode()) > MAX_ID_BYTES:
@@ -419,6 +438,17 @@ def _noise_per_band(cutout: Cutout) -> np.ndarray:
         return np.nanmedian(sigma, axis=1)
 
 
+def _inputs(catalog: QTable, provenance: Mapping[str, Any]) -> str:
+    """Digest of all that decides the images of a catalogue."""
+    columns = {
+        name: [str(value) for value in catalog[name]]
+        for name in ("id", "ra_deg", "dec_deg", "z", "group")
+        if name in catalog.colnames
+    }
+    text = json.dumps([columns, dict(provenance)], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def _describe(grid: GridConfig) -> str:
     width = f"{grid.width_kpc:g} kpc" if grid.width_kpc else f"{grid.width_arcsec:g} arcsec"
     return f"bands {grid.bands}, {width} on {grid.n_pixels} pixels"
@@ -438,7 +468,7 @@ def build(
     Args:
         catalog: columns id, ra_deg, dec_deg, z and, optionally, group.
         source: makes the cutouts.
-        path: folder of the store. A sealed store with the same ids on the same grid is returned as it is.
+        path: folder of the store. A sealed store of the same catalogue and provenance is returned as it is.
         grid: the grid of every cutout.
         provenance: JSON-able facts about the source.
         workers: processes that make cutouts; with more than one the source is pickled to each.
@@ -449,20 +479,18 @@ def build(
     """
     ids = [str(cluster_id) for cluster_id in catalog["id"]]
     path = Path(path)
+    inputs = _inputs(catalog, provenance or {})
     if (path / "zarr.json").exists():
         store = ImageStore(path, zarr.open_group(path, mode="r+"))
         if store.sealed:
-            if store.ids != ids or store.grid != grid:
+            store.check_inputs(inputs)
+            if store.grid != grid:
                 raise Pix2massError(
-                    f"{path}: a sealed store of other clusters or on another grid lies here "
-                    f"({len(store)} rows, {_describe(store.grid)}); remove it or choose another path"
+                    f"{path}: a sealed store on another grid lies here ({_describe(store.grid)}; asked for "
+                    f"{_describe(grid)}); remove it or choose another path"
                 )
             return store
-    store = ImageStore.create(path, grid, provenance)
-    if store.ids != ids[: len(store)]:
-        raise Pix2massError(
-            f"{path}: an unfinished store of other clusters lies here; remove it or choose another path"
-        )
+    store = ImageStore.create(path, grid, provenance, inputs)
     clusters = [dict(zip(catalog.colnames, row, strict=True)) for row in catalog[len(store) :]]
     with contextlib.ExitStack() as stack:
         if workers > 1 and len(clusters) > workers:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
 import numpy as np
 import torch
+from astropy import units as u
+from astropy.coordinates import SkyCoord, search_around_sky
 from astropy.table import QTable
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,6 +43,7 @@ from pix2mass.types import Pix2massError
 Progress = Callable[[int, int], None]
 
 _PREDICT_BATCH = 64
+_SAME_POSITION = 1.0 * u.arcmin
 _SCALER_SAMPLE = 128
 """Training clusters from which the scale of the features is taken."""
 _MIN_BAND_COVERAGE = 0.5
@@ -153,20 +157,26 @@ def _fit(
         # Lightning's advice on workers does not hold: batches come from memory maps.
         warnings.filterwarnings("ignore", module="lightning.*")
         warnings.filterwarnings("ignore", message=".*(lr_scheduler.step|LeafSpec).*")
-        trainer = lightning.Trainer(
-            max_epochs=epochs,
-            accelerator=config.accelerator,
-            devices=1,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            gradient_clip_val=1.0,
-            callbacks=[best, stop, *([_Report(progress)] if progress else [])],
-        )
+        try:
+            trainer = lightning.Trainer(
+                max_epochs=epochs,
+                accelerator=config.accelerator,
+                devices=1,
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                gradient_clip_val=1.0,
+                callbacks=[best, stop, *([_Report(progress)] if progress else [])],
+            )
+        except MisconfigurationException as error:
+            raise Pix2massError(f"accelerator {config.accelerator!r}: {error}; use --accelerator cpu or auto") from None
         last = checkpoints / "last.ckpt"
         resume = str(last) if _is_whole(last) else None
-        trainer.fit(task, train, validation, ckpt_path=resume, weights_only=True)
+        try:
+            trainer.fit(task, train, validation, ckpt_path=resume, weights_only=True)
+        except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from stopped
     state = torch.load(checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
     task.load_state_dict(state)
     network.eval().cpu()
@@ -247,9 +257,11 @@ def pretrain(
                 "grid": store.grid.model_dump(mode="json"),
                 "band_accuracy": accuracy(confusion),
                 "band_confusion": confusion.tolist(),
-                "tested_on": "images that took no part" if test_store is not None else "validation share",
+                "tested_on": "validation share" if test_store is None else f"{len(test_store)} other images",
+                "tested_images_seen": 0 if test_store is None else shared_positions(test_store, store),
                 "n_images": len(rows),
-                "store_checksum": store.checksum,
+                "ra_deg": store.ra_deg.tolist(),
+                "dec_deg": store.dec_deg.tolist(),
             },
         )
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -316,7 +328,9 @@ def _train_classifier(
     progress: Progress | None,
 ) -> BandClassifier:
     torch.manual_seed(seed)
-    classifier = BandClassifier(Encoder(config.encoder), len(store.grid.bands))
+    encoder = Encoder(config.encoder)
+    encoder.check(store.grid.n_pixels)
+    classifier = BandClassifier(encoder, len(store.grid.bands))
 
     def reader(rows: np.ndarray) -> Callable[[int, np.ndarray], dict[str, Any]]:
         def read(epoch: int, indices: np.ndarray) -> dict[str, Any]:
@@ -382,6 +396,19 @@ def band_confusion(classifier: BandClassifier, store: ImageStore, rows: np.ndarr
 def accuracy(confusion: np.ndarray) -> float:
     """Share of the images on the diagonal of a confusion matrix."""
     return float(np.trace(confusion) / max(1, confusion.sum()))
+
+
+def shared_positions(store: ImageStore, pretraining: ImageStore | Mapping[str, Any]) -> int:
+    """How many positions of a store were, within 1 arcmin, among those network 1 was trained on.
+
+    Args:
+        store: the images to ask about.
+        pretraining: network 1's store, or ``pretrain.json`` of its run.
+    """
+    seen = pretraining if isinstance(pretraining, Mapping) else vars(pretraining)
+    here = SkyCoord(store.ra_deg, store.dec_deg, unit="deg")
+    there = SkyCoord(np.asarray(seen["ra_deg"]), np.asarray(seen["dec_deg"]), unit="deg")
+    return len(np.unique(search_around_sky(here, there, _SAME_POSITION)[0]))
 
 
 def load_encoder(folder: RunFolder) -> Encoder:
@@ -465,9 +492,18 @@ def train(
     data = _Labelled(store, catalog, config.use_redshift)
     in_data = {cluster_id: index for index, cluster_id in enumerate(data.ids)}
     fold = np.array([fold[i] for i, cluster_id in enumerate(catalog["id"]) if str(cluster_id) in in_data], dtype=int)
-    labels = [float(value) for value in data.label]
     key = digest(
-        name, config, seed, store.checksum, labels, fold.tolist(), folder.stages.get("pretrain", {}).get("key")
+        name,
+        config,
+        seed,
+        store.checksum,
+        data.ids.tolist(),
+        data.z.tolist(),
+        data.label.tolist(),
+        data.label_err.tolist(),
+        fold.tolist(),
+        "log10_m500c_true" in catalog.colnames,
+        folder.stages.get("pretrain", {}).get("key"),
     )
     table_path = folder / f"{name}-out-of-fold.ecsv"
     if folder.is_done(name, key, table_path):
@@ -478,6 +514,9 @@ def train(
     n_folds = int(fold.max()) + 1
     mean, sigma = np.full(len(data), np.nan), np.full(len(data), np.nan)
     with folder.stage(name, key) as facts:
+        if name == "train":  # what an earlier training left must not be taken for this one's, should this one stop
+            for old in (table_path, folder / "model.json", *folder.path.glob("fold-*.safetensors")):
+                old.unlink(missing_ok=True)
         frozen = None
         if config.freeze_encoder:
             encoder = Encoder(encoder_name)
@@ -487,6 +526,8 @@ def train(
             regressor = _new_regressor(encoder_name, pretrained, len(store.grid.bands), config, seed * 1000 + k)
             weights = checkpoints / f"fold-{k}.pt"
             test = np.flatnonzero(fold == k)
+            if len(test) == 0:
+                raise Pix2massError(f"fold {k} has no cluster with a mass and usable pixels; use fewer folds")
             if weights.exists():
                 regressor.load_state_dict(torch.load(weights, weights_only=True))
                 regressor.eval()
@@ -506,8 +547,6 @@ def train(
                 torch.save(regressor.state_dict(), part)
                 part.replace(weights)
             mean[test], sigma[test] = _estimate(regressor, store, data, test, frozen, config.views)
-            if name == "train":
-                folder.save_weights(f"fold-{k}", regressor.state_dict())
             if progress:
                 progress((k + 1) * config.epochs, n_folds * config.epochs)
         scale = np.array(
@@ -524,6 +563,8 @@ def train(
         table.write(part, format="ascii.ecsv", overwrite=True)
         part.replace(table_path)
         if name == "train":
+            for k in range(n_folds):
+                folder.save_weights(f"fold-{k}", torch.load(checkpoints / f"fold-{k}.pt", weights_only=True))
             covered = _coverage(store, data.rows)
             folder.write_json(
                 "model.json",
@@ -537,7 +578,8 @@ def train(
                     "error_scale": error_scale(mean, sigma, data.label, data.label_err),
                     "z_range": [float(data.z.min()), float(data.z.max())],
                     "label_range": [float(data.label.min()), float(data.label.max())],
-                    "min_coverage": 0.4 if config.edge_probability > 0 else float(covered.min()),
+                    # Simulated edges pass no further than the centre: about half of the image is always left.
+                    "min_coverage": min(0.5 if config.edge_probability > 0 else 1.0, float(covered.min())),
                     "prior": "the distribution of the training labels",
                     "trained_on": "mock sky" if "log10_m500c_true" in catalog.colnames else "real observations",
                 },

@@ -29,17 +29,17 @@ def index(real_data):
 def test_bands_of_a_field_not_seen_are_told(real_data, index, tmp_path):
     """Chance is 0.2. Normalised to unit noise, so that only what is in the image can tell."""
     grid = GridConfig(width_kpc=None, width_arcsec=50.0)
-    positions = random_positions(index, 30, 1, margin_arcsec=36.0)
+    positions = random_positions(index, 60, 1, margin_arcsec=36.0)
     with FrameSource(real_data / "sas", grid, index) as source:
         store = build(positions, source, tmp_path / "stamps.zarr", grid)
-    assert len(store) == 180 and np.isfinite(store.noise).all()
+    assert len(store) == 360 and np.isfinite(store.noise).all()
     config = PretrainConfig(epochs=15, accelerator="cpu")
     results = leave_one_group_out(store, RunFolder(tmp_path / "run"), config, 1)
     accuracy = np.array([result["band_accuracy"] for result in results.values()])
     assert len(accuracy) == 6
-    # 150 images a field: the binomial error of one accuracy is 0.04, of the mean of six 0.016.
-    assert accuracy.min() > 0.2 + 0.04
-    assert accuracy.mean() > 0.2 + 5 * 0.016
+    # Measured 0.390 with a spread over fields of 0.021 of the mean (benchmarks/real_fields.py); the limit is 3 below.
+    assert accuracy.mean() > 0.327
+    assert accuracy.min() > 0.2
 
 
 @pytest.mark.slow

@@ -421,7 +421,8 @@ def overview_figure(folder: RunFolder, path: str | Path) -> None:
         residual = numbers(table, "log10_m500c") - numbers(table, reference)
         beside = [f"{name} {_mae(table, name):.3f}" for name in ("richness", "constant") if _has(table, name)]
         note = f" ({', '.join(beside)})" if beside else ""
-        ax.set_title(f"{len(table)} clusters, MAE {_mae(table):.3f} dex{note}", fontsize=14)
+        kind = "mock" if "log10_m500c_true" in table.colnames else "real"
+        ax.set_title(f"{len(table)} {kind} clusters, MAE {_mae(table):.3f} dex{note}", fontsize=14)
         ax.text(
             0.98, 0.03, f"bias {residual.mean():+.3f} dex", transform=ax.transAxes, ha="right", va="bottom", color="0.3"
         )
