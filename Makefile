@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-PYTEST_ARGS ?= -n auto --dist loadscope
+# Slow modules first: those on real data lead the alphabet, and a late start of one would leave the other core idle.
+PYTEST_ARGS ?= -n auto --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format clean
@@ -20,7 +21,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## the whole method on a mock sky: images, both networks, scores, report.html
 	$(BIN)/pix2mass demo
 
-test: $(STAMP) ## all tests; PYTEST_ARGS='-n auto --dist loadscope -m "not slow"' for the quick ones
+test: $(STAMP) ## all tests; PYTEST_ARGS='-n auto --dist loadscope --no-loadscope-reorder -m "not slow"' for the quick ones
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff and pyright, without changing a file
