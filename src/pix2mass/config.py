@@ -180,7 +180,7 @@ class PretrainConfig(OptimConfig):
     """Network 1: an encoder that learns to tell the band of a single-band image. No labels."""
 
     encoder: str = "small"
-    """'small' (made for 2 cores) or any timm model name, e.g. resnet18; built with in_chans=1."""
+    """'small' (made for 2 cores) or any convolutional timm model, e.g. resnet18; built with in_chans=1."""
     gain_jitter: float = Field(default=0.2, ge=0)
     """Spread (ln) of a random gain on every training image, so that a band's noise level gives nothing away."""
     epochs: int = Field(default=6, ge=1)

@@ -6,7 +6,9 @@ Files of a run folder::
     model.json              what predict needs beside the weights: bands, grid, encoder, redshift range, error scale
     encoder.safetensors     network 1
     fold-K.safetensors      network 2 of fold K, scaler included
+    catalog.ecsv            the labelled clusters trained on
     folds.ecsv              which cluster is in which fold
+    train-out-of-fold.ecsv  their masses by the networks that did not see them
     predictions.ecsv        out-of-fold mass of every labelled cluster, beside label, richness and (mock) truth
     metrics.json            every score with its baselines
     maps/ID.npz             attribution maps

@@ -466,7 +466,7 @@ def train(
         catalog: columns id, z, log10_m500c, log10_m500c_err.
         fold: fold number of each row of the catalogue, shape (n,).
         folder: has the encoder of :func:`pretrain` (unless from scratch); gets one ``fold-K.safetensors`` per fold,
-            ``model.json`` and, returned as well, ``out_of_fold.ecsv``.
+            ``model.json`` and, returned as well, ``NAME-out-of-fold.ecsv``.
         config: of the stage.
         seed: of every random number.
         name: of the stage; any other than "train" is a null test and keeps no weights.
