@@ -20,7 +20,8 @@ import numpy as np
 from astropy.table import QTable, vstack
 
 from pix2mass.config import GridConfig, PretrainConfig
-from pix2mass.images.frames import FrameIndex, FrameSource, random_positions
+from pix2mass.images.frame_index import FrameIndex, random_positions
+from pix2mass.images.frames import FrameSource
 from pix2mass.predict import Predictor, predict
 from pix2mass.richness import RichnessMassRelation
 from pix2mass.run import RunFolder

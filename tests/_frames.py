@@ -10,7 +10,7 @@ import numpy as np
 from astropy.io import fits
 from astropy.wcs import WCS
 
-from pix2mass.images.frames import FRAMES_FOLDER
+from pix2mass.images.archive import FRAMES_FOLDER
 from pix2mass.images.grid import tan_wcs
 
 SCALE_DEG = 0.396 / 3600.0

@@ -15,17 +15,13 @@ from _frames import CALIB, SKY_COUNTS, frame_bytes, frame_wcs, gaussian, write_f
 from astropy.io import fits
 from astropy.table import QTable, Table
 
+import pix2mass.images.archive as archive_module
 import pix2mass.images.frames as frames_module
 from pix2mass.config import GridConfig
-from pix2mass.images.frames import (
-    FRAMES_FOLDER,
-    SATURATION_COUNTS,
-    Field,
-    FrameIndex,
-    FrameSource,
-    random_positions,
-    tabulated_noise,
-)
+from pix2mass.images.archive import FRAMES_FOLDER, Field
+from pix2mass.images.frame import SATURATION_COUNTS, tabulated_noise
+from pix2mass.images.frame_index import FrameIndex, random_positions
+from pix2mass.images.frames import FrameSource
 from pix2mass.types import Flag, Pix2massError
 
 RA, DEC = 200.0, 1.0
@@ -259,13 +255,13 @@ def test_angular_grid_needs_no_redshift(archive):
 
 def test_each_frame_is_unpacked_once(archive, monkeypatch):
     calls = []
-    parse = frames_module._parse_frame
+    parse = frames_module.parse_frame
 
     def counted(*args):
         calls.append(args)
         return parse(*args)
 
-    monkeypatch.setattr(frames_module, "_parse_frame", counted)
+    monkeypatch.setattr(frames_module, "parse_frame", counted)
     with FrameSource(archive, GRID) as source:
         first, second = source.cutout(CLUSTER), source.cutout(CLUSTER)
         source.cutout({**CLUSTER, "ra_deg": RA + 0.001})
@@ -385,12 +381,12 @@ def assert_same(a, b):
 
 
 def test_http_equals_folder_and_retries(archive, serve, monkeypatch):
-    monkeypatch.setattr(frames_module, "_HTTP_WAIT_S", 0.01)
+    monkeypatch.setattr(archive_module, "_HTTP_WAIT_S", 0.01)
     assert_same(cutout(serve(archive, failures=2) + "/"), cutout(archive))
 
 
 def test_http_limits_and_failures(archive, serve, monkeypatch):
-    monkeypatch.setattr(frames_module, "_HTTP_WAIT_S", 0.01)
+    monkeypatch.setattr(archive_module, "_HTTP_WAIT_S", 0.01)
     index = FrameIndex.from_base(archive)
     with pytest.raises(Pix2massError, match="no answer after 4 attempts"):
         cutout(serve(archive, failures=100), index=index)
@@ -398,7 +394,7 @@ def test_http_limits_and_failures(archive, serve, monkeypatch):
         cutout("http://127.0.0.1:1/sas", index=index)
     with pytest.raises(Pix2massError, match="not found"):
         cutout(serve(archive / "dr12"))
-    monkeypatch.setattr(frames_module, "_MAX_LISTED_FIELDS", 0)
+    monkeypatch.setattr(archive_module, "_MAX_LISTED_FIELDS", 0)
     with pytest.raises(Pix2massError, match="pass a frame index"):
         cutout(serve(archive))
 

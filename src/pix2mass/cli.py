@@ -203,7 +203,7 @@ def frames(base: str, /, *, out: Path = Path("frame-index.ecsv")) -> None:
     out
         Table to write.
     """
-    from pix2mass.images.frames import FrameIndex
+    from pix2mass.images.frame_index import FrameIndex
 
     with _progress("reading frame headers") as progress:
         index = FrameIndex.from_base(base, progress=progress)
@@ -238,7 +238,7 @@ def positions(
         Table to write.
     """
     from pix2mass.catalog import write_catalog
-    from pix2mass.images.frames import FrameIndex, random_positions
+    from pix2mass.images.frame_index import FrameIndex, random_positions
 
     with _progress("reading frame headers") as progress:
         index = FrameIndex.from_base(base, progress=progress)

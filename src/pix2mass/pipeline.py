@@ -18,7 +18,8 @@ from pix2mass.config import BaselineConfig, BuildConfig, GridConfig, MockConfig,
 from pix2mass.evaluate import evaluate
 from pix2mass.explain import explain
 from pix2mass.images.cutouts import CutoutSource
-from pix2mass.images.frames import FrameIndex, FrameSource
+from pix2mass.images.frame_index import FrameIndex
+from pix2mass.images.frames import FrameSource
 from pix2mass.images.mock.population import draw_clusters, observe
 from pix2mass.images.mock.population import galaxies as galaxies_in_box
 from pix2mass.images.mock.source import MockSource

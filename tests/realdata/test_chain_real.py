@@ -8,7 +8,8 @@ from astropy.table import vstack
 
 from pix2mass.catalog import check_catalog
 from pix2mass.config import GridConfig, MockConfig, PretrainConfig, TrainConfig
-from pix2mass.images.frames import FrameIndex, FrameSource, random_positions
+from pix2mass.images.frame_index import FrameIndex, random_positions
+from pix2mass.images.frames import FrameSource
 from pix2mass.images.mock.population import draw_clusters
 from pix2mass.images.mock.source import MockSource
 from pix2mass.predict import predict

@@ -20,7 +20,9 @@ from astropy.io import fits
 from astropy.wcs.utils import pixel_to_pixel
 
 from pix2mass.config import GridConfig
-from pix2mass.images.frames import Field, FrameIndex, FrameSource, random_positions
+from pix2mass.images.archive import Field
+from pix2mass.images.frame_index import FrameIndex, random_positions
+from pix2mass.images.frames import FrameSource
 from pix2mass.images.grid import local_affine, source_window, tan_wcs, target_wcs
 from pix2mass.types import BANDS, Flag
 
