@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 PYTEST_ARGS ?= -n auto --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo gallery test lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP) ## the whole method on a mock sky: images, both networks, scores, report.html
 	$(BIN)/pix2mass demo
+
+gallery: $(STAMP) ## pictures of the mock sky in docs/build/, real ones beside where PIX2MASS_DATA is set
+	$(BIN)/python docs/gallery.py
 
 test: $(STAMP) ## all tests; PYTEST_ARGS='-n auto --dist loadscope --no-loadscope-reorder -m "not slow"' for the quick ones
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -12,17 +12,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "pix2mass"
 
 _GROUND = {"types", "config", "cosmology"}
-_NETWORKS = _GROUND | {"run", "store", "model"}
+_NETWORKS = _GROUND | {"run", "store", "distribute", "model"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "cosmology": set(),
     "config": {"types", "cosmology"},
     "run": {"types", "config", "cosmology"},
     "catalog": _GROUND,
-    "images": _GROUND,
+    "images": _GROUND | {"distribute"},
     "model": _GROUND,
     "richness": _GROUND,
-    "store": _GROUND | {"catalog"},
+    "distribute": {"types"},
+    "store": _GROUND | {"catalog", "distribute"},
     "train": _NETWORKS,
     "predict": _NETWORKS,
     "evaluate": _NETWORKS | {"catalog", "richness", "train", "predict"},
@@ -40,8 +41,11 @@ MAY_BE_IMPORTED_BY: dict[str, set[str]] = {
     "captum": {"explain"},
     "zarr": {"store"},
     "zarrs": {"store"},
+    "dask": {"distribute"},
+    "distributed": {"distribute"},
     "httpx": {"images", "catalog"},
-    "astroquery": {"catalog"},
+    "numba": {"images"},
+    "astroquery": {"catalog", "images/hips", "images/window"},
     "colossus": {"catalog"},
     "matplotlib": {"report"},
     "jinja2": {"report"},

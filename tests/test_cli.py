@@ -19,7 +19,8 @@ from pix2mass.predict import predict
 from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore
 
-VERBS = ["demo", "catalog", "build", "mock", "pretrain", "train", "evaluate", "predict", "explain", "report", "run"]
+VERBS = ["demo", "catalog", "build", "mock", "inject", "pretrain", "train", "evaluate", "predict", "explain", "report"]
+VERBS += ["run"]
 
 
 def pix2mass(*words: object) -> int:
@@ -55,8 +56,8 @@ def test_help_lists_every_verb_and_does_not_load_torch():
     [
         (["build", "none.csv", "--frames", "x"], "none.csv: no such file"),
         (["build", "none.csv", "--framez", "x"], "--framez.*--frames"),
-        (["build", "{catalog}"], "--frames BASE or --cutouts"),
-        (["build", "{catalog}", "--frames", "x", "--cutouts", "y"], "--frames BASE or --cutouts"),
+        (["build", "{catalog}", "--hips", "--cutouts", "y"], "--frames BASE, --hips or --cutouts"),
+        (["build", "{catalog}", "--frames", "x", "--cutouts", "y"], "--frames BASE, --hips or --cutouts"),
         (["build", "{catalog}", "--frames", "x", "--bands", "rgi"], "in that order.*'rgi'"),
         (["build", "{catalog}", "--frames", "x", "--width-kpc", "5", "--width-arcsec", "5"], "not both"),
         (["build", "{catalog}", "--frames", "x", "--columns", "ra_deg"], "OURS=THEIRS"),
@@ -69,6 +70,8 @@ def test_help_lists_every_verb_and_does_not_load_torch():
         (["run", "none.toml"], "none.toml: no such file"),
         (["run", "{toml}"], "train.epohcs: unknown key; did you mean 'epochs'"),
         (["weigh"], "weigh"),
+        (["mock", "--out", "m", "--catalog", "{catalog}"], "together with --images frames"),
+        (["inject", "none", "--out", "painted"], "none: expected SDSS frames under"),
         (["predict", "nowhere.zarr", "--run", "none"], "nowhere.zarr: no such catalogue or image store"),
         (["predict", "{catalog}", "--run", "none", "--out", "masses.zarr"], "masses.zarr: choose a name ending in"),
     ],
@@ -103,6 +106,10 @@ seed = 2
 [mock]
 n_labelled = 150
 n_unlabelled = 60
+z_min = 0.1
+z_max = 0.4
+[mock.physics]
+star_count_r145 = 1.0  # halos of bright stars need more than 150 labels
 [grid]
 bands = "{bands}"
 n_pixels = 32

@@ -110,7 +110,7 @@ def test_all_mistakes_are_listed_at_once():
         (MockConfig, {"z_min": 0.4, "z_max": 0.3}, "below its _max"),
         (MockConfig, {"ebv_min_mag": 0.2, "ebv_max_mag": 0.1}, "ebv_min_mag"),
         (TrainConfig, {"from_scratch": True}, "freeze_encoder = false"),
-        (BuildConfig, {}, "give one source of images"),
+        (BuildConfig, {"hips": True, "frames": "a"}, "give one source of images"),
         (BuildConfig, {"frames": "a", "cutouts": "b"}, "give one source of images"),
         (PretrainConfig, {"epochs": 0}, "epochs"),
     ],

@@ -12,8 +12,8 @@ from astropy.io import fits
 from astropy.wcs import WCS
 
 from pix2mass.config import GridConfig
-from pix2mass.images.cutouts import CutoutSource
-from pix2mass.types import Flag, Pix2massError
+from pix2mass.images.cutouts import CutoutSource, write_cutout
+from pix2mass.types import Cutout, Flag, Pix2massError
 
 RA, DEC = 80.0, -45.0
 SHAPE = (150, 150)
@@ -191,3 +191,35 @@ def test_unusable_patterns_and_clusters_are_refused(folder):
     for change in ({"ra_deg": np.nan}, {"z": -1.0}):
         with pytest.raises(Pix2massError, match="A-1"):
             cutout(folder, {**CLUSTER, **change}, GridConfig(bands="gr"))
+
+
+# --- writing ---
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    """Flux, sigma, mask, PSF and flags of a cutout, on its own grid; a band without PSF stays without."""
+    rng = np.random.default_rng(2)
+    shape = (2, 40, 40)
+    mask = np.zeros(shape, bool)
+    mask[1, :10] = True
+    flux, sigma = rng.normal(0, 1, shape).astype(np.float32), rng.uniform(0.5, 1, shape).astype(np.float32)
+    flux[mask], sigma[mask] = 0.0, 0.0
+    psf = np.array([1.3, np.nan], np.float32)
+    flags = Flag.PARTLY_OUTSIDE | Flag.SATURATED
+    written = Cutout(flux, sigma, mask, "gr", RA, DEC, 0.8, psf, flags)
+    paths = write_cutout(written, "A-1", f"{tmp_path}/deep/{{id}}-{{band}}.fits")
+    assert [path.name for path in paths] == ["A-1-g.fits", "A-1-r.fits"]
+    found = quiet_cutout(tmp_path / "deep")
+    assert found.flags == flags
+    assert np.array_equal(found.mask, mask)
+    assert found.flux == pytest.approx(flux, abs=2e-3) and found.sigma == pytest.approx(sigma, abs=2e-3)
+    assert np.array_equal(found.psf_fwhm_arcsec, psf, equal_nan=True)
+    with fits.open(paths[0]) as hdus:
+        assert [hdu.name for hdu in hdus[1:]] == ["SIGMA", "MASK"]
+        assert WCS(hdus[0].header).pixel_to_world_values(19.5, 19.5) == pytest.approx((RA, DEC))
+
+
+def test_an_id_cannot_lead_out_of_the_folder_when_written(tmp_path):
+    cutout = Cutout(*np.zeros((2, 1, 8, 8), np.float32), np.zeros((1, 8, 8), bool), "r", RA, DEC, 1.0, np.ones(1))
+    with pytest.raises(Pix2massError, match="without '/'"):
+        write_cutout(cutout, "../A", f"{tmp_path}/{{id}}-{{band}}.fits")

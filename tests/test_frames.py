@@ -5,7 +5,9 @@ from __future__ import annotations
 import bz2
 import functools
 import io
+import pickle
 import threading
+import warnings
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,12 +16,15 @@ import pytest
 from _frames import CALIB, SKY_COUNTS, frame_bytes, frame_wcs, gaussian, write_frame, write_photo_field
 from astropy.io import fits
 from astropy.table import QTable, Table
+from scipy.ndimage import map_coordinates
 
 import pix2mass.images.archive as archive_module
+import pix2mass.images.frame_queue as queue_module
 import pix2mass.images.frames as frames_module
+import pix2mass.images.http as http_module
 from pix2mass.config import GridConfig
 from pix2mass.images.archive import FRAMES_FOLDER, Field
-from pix2mass.images.frame import SATURATION_COUNTS, tabulated_noise
+from pix2mass.images.frame import SATURATION_COUNTS, Frame, tabulated_noise
 from pix2mass.images.frame_index import FrameIndex, random_positions
 from pix2mass.images.frames import FrameSource
 from pix2mass.types import Flag, Pix2massError
@@ -54,7 +59,7 @@ def cutout(base: Path | str, cluster=CLUSTER, grid=GRID, **kwargs):
 def test_flux_sigma_psf_and_alignment(archive):
     result = cutout(archive)
     assert result.flags == Flag(0) and result.coverage == 1.0
-    assert result.flux.sum(axis=(1, 2)) == pytest.approx([100.0] * 3, rel=1e-4)
+    assert result.flux.sum(axis=(1, 2)) == pytest.approx([100.0] * 3, rel=5e-4)
     rows, cols = np.indices((48, 48))
     for band in result.flux:
         assert (band * cols).sum() / band.sum() == pytest.approx(23.5, abs=0.01)
@@ -269,6 +274,144 @@ def test_each_frame_is_unpacked_once(archive, monkeypatch):
     assert np.array_equal(first.flux, second.flux)
 
 
+def make_run(base: Path, n_fields: int, seed: int = 1) -> tuple[FrameIndex, QTable]:
+    """Fields side by side along a run, two bands of noise each; cutouts in the middle and on each border."""
+    rng = np.random.default_rng(seed)
+    rows, whole = SHAPE[0], frame_wcs(RA, DEC, (n_fields * SHAPE[0], SHAPE[1]))
+    for k in range(n_fields):
+        for band in "gr":
+            flux = rng.normal(0.0, 0.05, SHAPE)
+            write_frame(base, flux, whole[k * rows :], 3000, 2, 40 + k, band)
+    write_photo_field(base, 3000, 2, list(range(40, 40 + n_fields)), GAIN, DARK)
+    y = np.arange(2 * n_fields - 1) * (rows / 2) + rows / 2
+    ra_deg, dec_deg = whole.pixel_to_world_values(np.full(y.size, SHAPE[1] / 2), y)
+    order = rng.permutation(y.size)
+    catalog = QTable({"id": [f"c{k}" for k in order], "ra_deg": ra_deg[order], "dec_deg": dec_deg[order]})
+    catalog["z"] = 0.2
+    return FrameIndex.from_base(base), catalog
+
+
+RUN_GRID = GridConfig(bands="gr", width_arcsec=19.8, n_pixels=25)
+
+
+def clusters(catalog: QTable) -> list[dict]:
+    return [dict(zip(catalog.colnames, row, strict=True)) for row in catalog]
+
+
+def test_groups_are_rows_that_share_fields_along_the_run(tmp_path):
+    index, catalog = make_run(tmp_path, 4)
+    far = {"id": ["far", "bad"], "ra_deg": [RA + 3.0, RA], "dec_deg": [DEC, 95.0], "z": [0.2, 0.2]}
+    other = frame_wcs(RA + 1.0, DEC, SHAPE)
+    write_frame(tmp_path, np.zeros(SHAPE), other, 2000, 1, 7, "r")
+    alone = {"id": ["alone"], "ra_deg": [RA + 1.0], "dec_deg": [DEC], "z": [0.2]}
+    catalog = QTable({name: [*catalog[name], *far[name], *alone[name]] for name in catalog.colnames})
+    with FrameSource(tmp_path, RUN_GRID, FrameIndex.from_base(tmp_path)) as source:
+        groups = source.groups(catalog)
+    names = [[str(catalog["id"][row]) for row in group] for group in groups]
+    assert names == [["alone"], [f"c{k}" for k in (0, 1, 2, 3, 4, 5, 6)], ["far", "bad"]]
+
+
+def test_a_long_chain_is_cut_between_fields(tmp_path, monkeypatch):
+    index, catalog = make_run(tmp_path, 6)
+    monkeypatch.setattr(queue_module, "_GROUP_CUTOUTS", 3)
+    with FrameSource(tmp_path, RUN_GRID, index) as source:
+        groups = source.groups(catalog)
+    names = [[int(str(catalog["id"][row])[1:]) for row in group] for group in groups]
+    assert [k for group in names for k in group] == list(range(11))
+    assert {len(group) for group in names[:-1]} <= {3, 4} and len(names) == 3
+    # Where a group ends, the field that began last begins no cutout of the next one.
+    assert all(group[0] % 2 == 0 for group in names[1:])
+
+
+@pytest.mark.parametrize("limit", [45, 4])
+def test_in_the_order_of_groups_frames_are_unpacked_once_and_go_after_their_last_use(tmp_path, monkeypatch, limit):
+    index, catalog = make_run(tmp_path, 8)
+    monkeypatch.setattr(queue_module, "_FRAMES", limit)
+    read, dropped, held = [], [], []
+    with FrameSource(tmp_path, RUN_GRID, index) as source:
+        expected = [source.cutout(cluster) for cluster in clusters(catalog)]
+    with FrameSource(tmp_path, RUN_GRID, index) as source:
+        source._archive = Spied(tmp_path, read, dropped)
+        rows = [row for group in source.groups(catalog) for row in group]
+        for row in rows:
+            assert_same(source.cutout(clusters(catalog)[row]), expected[row])
+            held.append(len(source._queue.frames))
+    frames = [path for path in read if "/frame-" in path]
+    assert len(frames) == len(set(frames)) == 16
+    assert sorted(dropped) == sorted(frames)
+    assert max(held) <= 4 and held[-1] == 0
+
+
+class Spied(archive_module.Folder):
+    """A folder that tells what is read from it and what may go."""
+
+    def __init__(self, base: Path, read: list[str], dropped: list[str]) -> None:
+        super().__init__(base)
+        self._read, self._dropped = read, dropped
+
+    def read(self, path: str) -> bytes | None:
+        self._read.append(path)
+        return super().read(path)
+
+    def drop(self, path: str) -> None:
+        self._dropped.append(path)
+
+
+def test_cutouts_do_not_depend_on_order_copies_or_memory(tmp_path, monkeypatch):
+    index, catalog = make_run(tmp_path, 3)
+    rows = clusters(catalog)
+    with FrameSource(tmp_path, RUN_GRID, index) as source:
+        expected = [source.cutout(row) for row in rows]
+        groups = source.groups(catalog)
+        with pickle.loads(pickle.dumps(source)) as copy:
+            for row in reversed(groups[0]):
+                assert_same(copy.cutout(rows[row]), expected[row])
+    monkeypatch.setattr(queue_module, "_FRAMES", 1)
+    monkeypatch.setattr(queue_module, "_FRAMES_UNORDERED", 1)
+    with FrameSource(tmp_path, RUN_GRID, index) as source:
+        for row, one in zip(rows, expected, strict=True):
+            assert_same(source.cutout(row), one)
+            assert len(source._queue.frames) == 1
+        source.groups(catalog)
+        for row in groups[0]:
+            assert_same(source.cutout(rows[row]), expected[row])
+
+
+def test_a_damaged_frame_is_named_when_its_cutout_is_made_not_ahead(tmp_path):
+    index, catalog = make_run(tmp_path, 3)
+    (tmp_path / FRAMES_FOLDER / "3000/2/frame-r-003000-2-0042.fits.bz2").write_bytes(b"x" * 100)
+    with FrameSource(tmp_path, RUN_GRID, index) as source:
+        order = source.groups(catalog)[0]
+        rows = [clusters(catalog)[row] for row in order]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert [source.cutout(row).flags for row in rows[:3]] == [Flag(0)] * 3
+        with pytest.warns(UserWarning, match="frame-r-003000-2-0042.*not a bzip2 file"):
+            assert source.cutout(rows[3]).flags == Flag.UNREADABLE | Flag.MISSING_BAND
+        assert source.cutout(rows[4]).mask[1].all()
+
+
+def test_noise_of_a_frame_follows_its_sky_and_calibration():
+    rng = np.random.default_rng(4)
+    sky = rng.uniform(100.0, 200.0, (20, 25)).astype(np.float32)
+    x, y = np.linspace(-1.0, 26.0, SHAPE[1], dtype=np.float32), np.linspace(-1.0, 21.0, SHAPE[0], dtype=np.float32)
+    calib = rng.uniform(0.0048, 0.0052, SHAPE[1]).astype(np.float32)
+    flux = rng.normal(0.0, 0.05, SHAPE).astype(">f4")
+    flux[3, 4], flux[5, 6], flux[7, 8], flux[9, 10] = np.nan, np.inf, -1e3, 1.01 * SATURATION_COUNTS * calib[10]
+    exposure = Frame(flux, frame_wcs(RA, DEC, SHAPE), calib, sky, x, y).exposure(GAIN, DARK)
+    at = np.meshgrid(np.clip(y, 0, 19), np.clip(x, 0, 24), indexing="ij")
+    counts = flux / calib + map_coordinates(sky, at, order=1)
+    variance = calib**2 * (counts / GAIN + DARK)
+    bad = np.zeros(SHAPE, bool)
+    bad[[3, 5, 7], [4, 6, 8]] = True
+    assert np.array_equal(np.isnan(exposure.pixels[..., 1]), bad)
+    assert (exposure.pixels[bad, 0] == 0.0).all()
+    assert np.allclose(exposure.pixels[~bad, 0], flux[~bad], rtol=0)
+    assert np.allclose(exposure.pixels[~bad, 1], variance[~bad], rtol=1e-5)
+    assert exposure.hot.T.tolist() == [[6, 5], [10, 9]]
+    assert exposure.typical_variance == pytest.approx(np.median(variance[~bad]), rel=0.1)
+
+
 def test_plain_fits_and_progress(tmp_path):
     wcs = frame_wcs(RA, DEC, SHAPE)
     write_frame(tmp_path, gaussian(SHAPE, wcs, RA, DEC, 100.0, 1.5), wcs, 3000, 2, 40, "r", suffix=".fits")
@@ -276,7 +419,7 @@ def test_plain_fits_and_progress(tmp_path):
     index = FrameIndex.from_base(tmp_path, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 1)] and index.fields == [Field(3000, 2, 40)]
     result = cutout(tmp_path, grid=GRID.model_copy(update={"bands": "r"}), index=index)
-    assert result.flux.sum() == pytest.approx(100.0, rel=1e-4)
+    assert result.flux.sum() == pytest.approx(100.0, rel=5e-4)
 
 
 @pytest.mark.parametrize("name", ["index.ecsv", "index.fits"])
@@ -381,12 +524,12 @@ def assert_same(a, b):
 
 
 def test_http_equals_folder_and_retries(archive, serve, monkeypatch):
-    monkeypatch.setattr(archive_module, "_HTTP_WAIT_S", 0.01)
+    monkeypatch.setattr(http_module, "WAIT_S", 0.01)
     assert_same(cutout(serve(archive, failures=2) + "/"), cutout(archive))
 
 
 def test_http_limits_and_failures(archive, serve, monkeypatch):
-    monkeypatch.setattr(archive_module, "_HTTP_WAIT_S", 0.01)
+    monkeypatch.setattr(http_module, "WAIT_S", 0.01)
     index = FrameIndex.from_base(archive)
     with pytest.raises(Pix2massError, match="no answer after 4 attempts"):
         cutout(serve(archive, failures=100), index=index)

@@ -7,8 +7,9 @@ import pytest
 
 from pix2mass.config import MockConfig
 from pix2mass.images.mock import population
-from pix2mass.images.mock.population import BLEND_ARCSEC, Sources
+from pix2mass.images.mock.population import Sources
 
+BLEND_ARCSEC = MockConfig().physics.blend_arcsec
 ROW = {"id": "observed", "z": 0.2, "ra_deg": 150.0, "dec_deg": 20.0}
 
 
@@ -33,7 +34,8 @@ def sources(x: list[float], mag: list[float], star: list[bool]) -> Sources:
 
 def field(ideal: bool) -> dict[str, np.ndarray]:
     parts = [population.galaxies({"id": f"f{i}", "z": 0.25}, MockConfig(), 1800.0, 1) for i in range(6)]
-    listed = [population.observe(part, {"id": f"f{i}"}, 1, ideal=ideal) for i, part in enumerate(parts)]
+    # The reddening of the field in which the limits were measured.
+    listed = [population.observe(p, {"id": f"f{i}"}, 1, ebv_mag=0.09, ideal=ideal) for i, p in enumerate(parts)]
     for i, part in enumerate(listed):
         part["ra_deg"] = (part["ra_deg"] + 180.0) % 360.0 - 180.0 + 2.0 * i
     return {name: np.concatenate([part[name] for part in listed]) for name in listed[0]}
@@ -83,6 +85,25 @@ def test_stars_among_the_galaxies_are_few():
     listed = field(False)
     stars = listed["truth_z"] == 0
     assert 0.001 < stars.mean() < 0.03
+
+
+def test_dust_costs_depth_but_no_colour():
+    """Errors grow by the extinction, most in u; corrected magnitudes stay where they were."""
+    x = [10.0 * i for i in range(400)]
+    clear, dusty = (
+        population.observe(sources(x, [19.0] * len(x), [False] * len(x)), ROW, 1, ebv_mag=ebv) for ebv in (0.0, 0.15)
+    )
+    assert len(clear["ra_deg"]) == len(dusty["ra_deg"]) == len(x)
+    ratio = np.median(dusty["mag_err"] / clear["mag_err"], axis=0)
+    assert np.all(np.diff(ratio) < 0) and 1.2 < ratio[2] <= 10 ** (0.4 * 0.15 * 2.285) + 1e-6
+    assert np.median(dusty["mag"] - clear["mag"], axis=0) == pytest.approx(np.zeros(5), abs=0.05)
+
+
+def test_large_galaxies_have_larger_errors():
+    small, large = (sources([0.0, 100.0], [18.0, 18.0], [False, False]) for _ in range(2))
+    large.r50_arcsec[:] = 4.0
+    errors = [population.observe(kind, ROW, 1)["mag_err"] for kind in (small, large)]
+    assert np.all(errors[1] > 1.5 * errors[0])
 
 
 def test_the_same_sky_is_listed_the_same_way():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from _toy import ToySource, toy_catalog
 
 import pix2mass
 from pix2mass.config import GridConfig, PretrainConfig, TrainConfig
+from pix2mass.distribute import open_workers
 from pix2mass.predict import Predictor, as_estimates, predict
 from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore, build
@@ -55,6 +57,21 @@ def test_masses_of_new_clusters(run, new_store):
     assert (np.diff([table[name][trusted] for name in ("q025", "q16", "q50", "q84", "q975")], axis=0) > 0).all()
     np.testing.assert_allclose((table["q84"] - table["q16"])[trusted] / 2, table["log10_m500c_err"][trusted], rtol=0.01)
     assert table.meta["mass_definition"] == "500c" and table.meta["trained_on"] == "mock sky"
+
+
+@pytest.mark.slow
+def test_several_processes_give_the_same_table(run, new_store, monkeypatch):
+    module = sys.modules["pix2mass.predict"]  # by attribute the package gives the function
+    monkeypatch.setattr(module, "_BATCH", 3)
+    monkeypatch.setattr(module, "_BATCHES_PER_TASK", 1)
+    seen = []
+    alone = predict(run, new_store, lambda done, total: seen.append((done, total)))
+    with open_workers(2) as workers:
+        together = predict(run, new_store, workers=workers)
+    assert seen == [(3, 12), (6, 12), (9, 12), (12, 12)]
+    assert together.colnames == alone.colnames and together.meta == alone.meta
+    for name in alone.colnames:
+        np.testing.assert_array_equal(together[name], alone[name])
 
 
 def test_flags_say_what_not_to_trust(run, new_store):

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import signal
-import subprocess
-import sys
-import time
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +10,7 @@ import pytest
 import zarr
 from _toy import ToySource, toy_catalog
 
-import pix2mass.store as store_module
+import pix2mass.store.image_store as image_store
 from pix2mass.config import GridConfig
 from pix2mass.store import ImageStore, build
 from pix2mass.types import Cutout, Flag, Pix2massError, empty_cutout
@@ -44,7 +39,7 @@ def filled(path: Path, n: int = 7) -> ImageStore:
 
 
 def test_what_goes_in_comes_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_SHARD_BYTES", 3 * 4 * 3 * 16 * 16)  # three rows a shard: the last is not full
+    monkeypatch.setattr(image_store, "_SHARD_BYTES", 3 * 4 * 3 * 16 * 16)  # three rows a shard: the last is not full
     filled(tmp_path / "s.zarr")
     store = ImageStore.open(tmp_path / "s.zarr")
     assert store.ids == [*(f"c{i}" for i in range(7)), "nowhere é"]
@@ -65,7 +60,7 @@ def test_what_goes_in_comes_out(tmp_path, monkeypatch):
 
 
 def test_batches_in_any_order_and_through_plain_zarr(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_SHARD_BYTES", 3 * 4 * 3 * 16 * 16)
+    monkeypatch.setattr(image_store, "_SHARD_BYTES", 3 * 4 * 3 * 16 * 16)
     store = filled(tmp_path / "s.zarr")
     rows = [6, 0, 7, 3, 3]
     flux, mask = store.batch(rows)
@@ -151,31 +146,6 @@ def test_damage_is_found(tmp_path):
         ImageStore.open(tmp_path / "s.zarr")
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    store = ImageStore.create(tmp_path / "s.zarr", GRID)
-    store.append(cutout(0), "a", 0.2)
-    real = zarr.Array.__setitem__
-
-    def full(self, selection, value):
-        if self.name.endswith("/sigma"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(self, selection, value)
-
-    monkeypatch.setattr(zarr.Array, "__setitem__", full)
-    with pytest.raises(
-        Pix2massError, match=r"cutout b could not be written .*No space left.* the 1 before it are safe"
-    ):
-        store.append(cutout(1), "b", 0.2)
-    with pytest.raises(Pix2massError, match=r"sealing failed .*No space left.* nothing is lost"):
-        store.seal()
-    monkeypatch.undo()
-    again = ImageStore.create(tmp_path / "s.zarr", GRID)
-    assert again.ids == ["a"]
-    again.append(cutout(1), "b", 0.2)
-    again.seal()
-    np.testing.assert_array_equal(ImageStore.open(tmp_path / "s.zarr")[1].flux, cutout(1).flux)
-
-
 def test_build_goes_on_without_redoing(tmp_path):
     catalog, source = toy_catalog(12, 1), ToySource(GRID)
     source.fail_at = 5
@@ -211,61 +181,86 @@ def test_build_does_not_pass_off_other_images(tmp_path):
         assert len(build(catalog, ToySource(GRID), path, GRID, {"source": "a"})) == 6
 
 
-def test_build_with_two_processes_gives_the_same_store(tmp_path):
-    catalog = toy_catalog(20, 3)
-    one = build(catalog, ToySource(GRID), tmp_path / "one.zarr", GRID)
-    two = build(catalog, ToySource(GRID), tmp_path / "two.zarr", GRID, workers=2)
-    assert one.checksum == two.checksum
+class Shuffled(ToySource):
+    """Asks for its rows in an order of its own, in groups of unequal size."""
+
+    def groups(self, catalog) -> list[list[int]]:
+        order = np.random.default_rng(len(catalog)).permutation(len(catalog)).tolist()
+        return [order[:3], order[3:4], order[4:]]
 
 
-def test_sealing_can_be_interrupted(tmp_path, monkeypatch):
-    catalog = toy_catalog(6, 4)
-    whole = build(catalog, ToySource(GRID), tmp_path / "whole.zarr", GRID)
+def test_the_order_of_work_does_not_show(tmp_path):
+    catalog = toy_catalog(13, 5)
+    plain, shuffled = ToySource(GRID), Shuffled(GRID)
+    one = build(catalog, plain, tmp_path / "plain.zarr", GRID)
+    two = build(catalog, shuffled, tmp_path / "shuffled.zarr", GRID)
+    assert plain.made == catalog["id"].tolist() != shuffled.made
+    assert two.ids == catalog["id"].tolist() and one.checksum == two.checksum
+    stopped = Shuffled(GRID)
+    stopped.fail_at = 6
+    with pytest.raises(RuntimeError):
+        build(catalog, stopped, tmp_path / "s.zarr", GRID)
+    stopped.fail_at = None
+    assert build(catalog, stopped, tmp_path / "s.zarr", GRID).checksum == one.checksum
+    assert sorted(stopped.made) == sorted(catalog["id"].tolist()), "a finished cutout was made again, or one was not"
 
-    def stopped(self):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(ImageStore, "_checksums", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        build(catalog, ToySource(GRID), tmp_path / "s.zarr", GRID)
-    monkeypatch.undo()
+def test_a_source_that_forgets_rows_is_a_mistake(tmp_path):
+    class Forgets(ToySource):
+        def groups(self, catalog):
+            return [[0, 1]]
+
+    with pytest.raises(ValueError, match="Forgets.groups must name each of 3 rows once"):
+        build(toy_catalog(3, 1), Forgets(GRID), tmp_path / "s.zarr", GRID)
+
+
+def test_a_store_lies_at_any_url(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_store, "_SHARD_BYTES", 3 * 4 * 3 * 16 * 16)
+    catalog = toy_catalog(7, 5)
+    local = build(catalog, ToySource(GRID), tmp_path / "local.zarr", GRID)
+    by_url = build(catalog, ToySource(GRID), f"file://{tmp_path}/by%20url.zarr", GRID)
+    assert by_url.path == tmp_path / "by url.zarr" and by_url.checksum == local.checksum
+    url = f"memory://{tmp_path.name}/store.zarr"
     source = ToySource(GRID)
-    assert build(catalog, source, tmp_path / "s.zarr", GRID).checksum == whole.checksum
-    assert source.made == []
+    source.fail_at = 4
+    with pytest.raises(RuntimeError):
+        build(catalog, source, url, GRID)
+    with pytest.raises(Pix2massError, match="not finished .4 cutouts so far"):
+        ImageStore.open(url)
+    source.fail_at = None
+    assert build(catalog, source, url, GRID).checksum == local.checksum
+    assert len(source.made) == 7
+    remote = ImageStore.open(url)
+    remote.check()
+    assert remote.path == url and remote.n_bytes > 0
+    np.testing.assert_array_equal(remote.batch([6, 2])[0], local.batch([6, 2])[0])
+    np.testing.assert_array_equal(remote[3].sigma, local[3].sigma)
+    with pytest.raises(Pix2massError, match="nowhere://x: cannot open this kind of URL"):
+        ImageStore.open("nowhere://x")
 
 
-_VICTIM = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from _toy import ToySource, toy_catalog
-from pix2mass.config import GridConfig
-from pix2mass.store import build
-class Slow(ToySource):
-    def cutout(self, cluster):
-        time.sleep(0.01)
-        return super().cutout(cluster)
-grid = GridConfig(bands="gri", n_pixels=16)
-build(toy_catalog(60, 5), Slow(grid), {path!r}, grid)
-"""
+def test_the_build_says_what_it_did(tmp_path):
+    class Counts(ToySource):
+        def statistics(self):
+            return {
+                "bytes": 100 * len(self.made),
+                "retries": len(self.made) // 2,
+                "seconds": {"fetch": 0.5 * len(self.made)},
+            }
 
-
-def test_killed_at_random_moments(tmp_path):
-    code = _VICTIM.format(tests=str(Path(__file__).parent), path=str(tmp_path / "s.zarr"))
-    rng = np.random.default_rng(6)
-    kills = 0
-    for _ in range(4):
-        victim = subprocess.Popen([sys.executable, "-c", code])
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "s.zarr" / "staging" / "record" / "zarr.json").exists() and victim.poll() is None:
-            assert time.monotonic() < deadline, "the build never started"
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.05, 0.4))
-        if victim.poll() is None:
-            victim.send_signal(signal.SIGKILL)
-            kills += 1
-        victim.wait()
-    assert kills, "no build was killed: the test tried nothing"
-    catalog, source = toy_catalog(60, 5), ToySource(GRID)
-    resumed = build(catalog, source, tmp_path / "s.zarr", GRID)
-    assert len(source.made) < 60, "everything was made again"
-    assert resumed.checksum == build(catalog, ToySource(GRID), tmp_path / "whole.zarr", GRID).checksum
+    catalog, source, seen = toy_catalog(5, 1, "outside"), Counts(GRID), []
+    catalog["id"][1:] = [f"inside-{i}" for i in range(4)]
+    source.fail_at = 2
+    with pytest.raises(RuntimeError):
+        build(catalog, source, tmp_path / "s.zarr", GRID)
+    source.fail_at = None
+    store = build(catalog, source, tmp_path / "s.zarr", GRID, progress=lambda *said: seen.append(said))
+    summary = json.loads((tmp_path / "s.zarr" / "build.json").read_text())
+    assert summary == store.build_summary
+    expected = {"clusters": 5, "made": 5, "failed": {}, "flagged": {"OUTSIDE": 1}, "retried": 2, "bytes_read": 500}
+    assert expected.items() <= summary.items()
+    assert summary["source"]["seconds"] == {"fetch": 2.5} and summary["starts"] == 2
+    assert set(summary["seconds"]) == {"ordering", "cutouts", "sealing"} and summary["bytes_written"] > 5 * 9 * 3 * 256
+    assert [done for done, _, _ in seen] == [2, 3, 4, 5] and "retried" in seen[-1][2]
+    plain = build(catalog, ToySource(GRID), tmp_path / "plain.zarr", GRID)
+    assert plain.checksum == store.checksum, "the summary must be no part of the checksum"

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
@@ -39,6 +39,8 @@ catalog_app = App(
     help="Check catalogues; build tables of clusters with and without mass; list an archive's frames and positions.",
 )
 app.command(catalog_app)
+store_app = App(name="store", help="What an image store holds, whether it is whole, and how its images look.")
+app.command(store_app)
 
 _flat = Parameter(name="*")
 Grid = Annotated[GridConfig, _flat]
@@ -47,7 +49,11 @@ Seed = Annotated[int, Parameter(help="Seed of every random number.")]
 Columns = Annotated[
     str, Parameter(help="Names of the catalogue's columns where they differ from ours: ra_deg=RA,dec_deg=DEC,...")
 ]
-Workers = Annotated[int, Parameter(help="Processes that make cutouts; 0 takes one per core.")]
+Workers = Annotated[int, Parameter(help="Processes that share the work; 0 takes one per core.")]
+Scheduler = Annotated[
+    str | None,
+    Parameter(help="Dask scheduler whose workers do the work, e.g. tcp://host:8786; --workers does not count."),
+]
 
 
 # ---- the whole chain -------------------------------------------------------------------------------------------------
@@ -62,7 +68,7 @@ def demo(*, out: Path = Path("runs/demo"), workers: Workers = 0) -> None:
     out
         Run folder. The same command goes on where it was stopped.
     """
-    _run(RunConfig(name="demo", mock=MockConfig()), out, workers)
+    _run(RunConfig(name="demo", mock=MockConfig(z_min=0.1, z_max=0.4)), out, workers)
 
 
 @app.command(help_epilogue="Example: `pix2mass run configs/demo.toml`")
@@ -82,9 +88,11 @@ def run(config: Path, /, *, out: Path | None = None, workers: Workers = 0) -> No
 
 def _run(config: RunConfig, out: Path, workers: int) -> None:
     from pix2mass import pipeline
+    from pix2mass.distribute import open_workers
 
     folder = _folder(out)
-    metrics = pipeline.run(config, folder, _cores(workers), _progress)
+    with open_workers(_cores(workers)) as pool:
+        metrics = pipeline.run(config, folder, pool, _progress)
     _print_summary(folder.path, metrics)
 
 
@@ -255,24 +263,36 @@ def build(
     source: Source = None,
     grid: Grid = GridConfig(),  # noqa: B008  a frozen value
     columns: Columns = "",
-    out: Path | None = None,
+    out: str | None = None,
+    plan: Annotated[bool, Parameter(negative="")] = False,
     workers: Workers = 1,
+    scheduler: Scheduler = None,
 ) -> None:
-    """Make the images of a catalogue's clusters, from SDSS frames or from your own cutouts.
+    """Make the images of a catalogue's clusters, from SDSS frames, a cutout service or your own cutouts.
 
     Parameters
     ----------
     catalog
         CSV, ECSV or FITS table of positions and redshifts.
     out
-        Store to write; the catalogue's name with .zarr if not given. The same command goes on after a kill.
+        Store to write, a folder or a URL such as s3://bucket/name.zarr; the catalogue's name with .zarr if not given.
+        The same command goes on after a kill.
+    plan
+        Fetch no image; say how many clusters, frames, gigabytes and hours it would be, and what the disk must hold.
     """
     from pix2mass import pipeline
     from pix2mass.catalog import read_catalog
+    from pix2mass.distribute import open_workers
+    from pix2mass.images.plan import describe
 
     table = read_catalog(catalog, _columns(columns), ("z",) if grid.width_kpc else ())
     source = source or validate(BuildConfig, {}, "pix2mass build")
-    store = pipeline.build_store(table, source, grid, out or Path(f"{catalog.stem}.zarr"), _cores(workers), _progress)
+    if plan:
+        target = out or f"{catalog.stem}.zarr"
+        print(describe(pipeline.plan_build(table, source, grid, target, _cores(workers), _progress)))
+        return
+    with open_workers(_cores(workers), scheduler) as pool:
+        store = pipeline.build_store(table, source, grid, out or f"{catalog.stem}.zarr", pool, _progress)
     _print_store(store)
 
 
@@ -280,23 +300,170 @@ def build(
 def mock(
     *,
     out: Path,
+    images: Literal["store", "cutouts", "frames"] = "store",
+    catalog: Path | None = None,
     config: Annotated[MockConfig, _flat] = MockConfig(),  # noqa: B008  a frozen value
     grid: Grid = GridConfig(),  # noqa: B008
+    columns: Columns = "",
     seed: Seed = 1,
     workers: Workers = 0,
 ) -> None:
-    """Make a mock survey with known truth: catalogues with measured richness, and image stores.
+    """Make a mock survey with known truth: catalogues with measured richness, and their images.
 
     Parameters
     ----------
     out
-        Folder for labelled.ecsv, labelled.zarr, unlabelled.ecsv and unlabelled.zarr.
+        Folder for labelled.ecsv, unlabelled.ecsv and the images.
+    images
+        Image stores (labelled.zarr, unlabelled.zarr); FITS cutouts (labelled/ID-BAND.fits, unlabelled/ID-BAND.fits); or
+        whole frames in the layout of the SDSS archive (dr12/...), about 30 MB per cluster.
+    catalog
+        With --images frames: clusters to draw at their own positions, redshifts and masses (else richness), in place
+        of new ones.
     """
     from pix2mass import pipeline
+    from pix2mass.catalog import read_catalog
+    from pix2mass.distribute import open_workers
 
-    survey = pipeline.make_mock(config, grid, seed, out, _cores(workers), _progress)
+    if catalog is not None and images != "frames":
+        raise Pix2massError("--catalog says whose sky the frames show: give it together with --images frames")
+    with open_workers(_cores(workers)) as pool:
+        if catalog is not None:
+            table = read_catalog(catalog, _columns(columns), ("z",))
+            count = pipeline.draw_frames(table, config, grid, seed, out, pool, _progress)
+            print(f"wrote {count} frames of {len(table)} clusters; next: pix2mass build {catalog} --frames {out}")
+            return
+        if images != "store":
+            pipeline.write_mock_files(config, grid, seed, out, images, pool, _progress)
+            source = f"--frames {out}" if images == "frames" else f"--cutouts '{out}/labelled/{{id}}-{{band}}.fits'"
+            print(f"wrote {out}; next: pix2mass build {out / 'labelled.ecsv'} {source}")
+            return
+        survey = pipeline.make_mock(config, grid, seed, out, pool, _progress)
     _print_store(survey.labelled_store)
     _print_store(survey.unlabelled_store)
+
+
+@app.command(help_epilogue="Example: `pix2mass inject DATA/sas --out injected --n-clusters 6 --log10-m500c-min 14.5`")
+def inject(
+    base: str,
+    /,
+    *,
+    out: Path,
+    catalog: Path | None = None,
+    n_clusters: int = 10,
+    config: Annotated[MockConfig, _flat] = MockConfig(),  # noqa: B008  a frozen value
+    grid: Grid = GridConfig(),  # noqa: B008
+    columns: Columns = "",
+    seed: Seed = 1,
+) -> None:
+    """Paint mock clusters of known mass into SDSS frames: new frames in the same layout, the old ones stay.
+
+    Parameters
+    ----------
+    base
+        Folder or URL of the frames (what stands before /dr12).
+    out
+        Folder for the new frames and for injected.ecsv, the clusters painted.
+    catalog
+        Where to paint, and what: positions, redshifts and masses; random ones inside the frames if not given.
+    n_clusters
+        How many to paint at random positions.
+    """
+    from pix2mass import pipeline
+    from pix2mass.catalog import read_catalog
+
+    table = None if catalog is None else read_catalog(catalog, _columns(columns), ("z",))
+    painted = pipeline.inject(base, table, n_clusters, config, grid, seed, out, _progress)
+    print(f"painted {len(painted)} clusters; next: pix2mass build {out / 'injected.ecsv'} --frames {out}")
+
+
+@store_app.command(name="info", help_epilogue="Example: `pix2mass store info clusters.zarr`")
+def store_info(store: str, /) -> None:
+    """Print what a store holds: images, redshifts, flags, where they come from, and what building it took.
+
+    Parameters
+    ----------
+    store
+        Folder or URL of a finished store.
+    """
+    import numpy as np
+
+    from pix2mass.store import ImageStore
+
+    images = ImageStore.open(store)
+    _print_store(images)
+    print(f"size       {images.n_bytes / 1e6:.1f} MB, {images.n_bytes / len(images) / 1e3:.0f} kB per cutout")
+    known = images.z[np.isfinite(images.z)]
+    missing = f"; {len(images) - len(known)} have none" if len(known) < len(images) else ""
+    spread = f"{known.min():.3f} to {known.max():.3f}, median {np.median(known):.3f}" if len(known) else "none"
+    print(f"redshift   {spread}{missing}")
+    names = sorted({name for name in images.groups if name})
+    if names:
+        print(f"groups     {len(names)}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+    for flag in Flag:
+        count = int((images.flags & flag != 0).sum())
+        if count:
+            print(f"flag       {flag.name}: {count} cutouts; {FLAG_MEANING[flag]}")
+    for name, value in images.provenance.items():
+        if value is not None:
+            print(f"source     {name}: {value}")
+    built = images.build_summary
+    if built:
+        seconds = ", ".join(f"{name} {value:.1f} s" for name, value in built["seconds"].items())
+        print(
+            f"build      {seconds}; {built['bytes_read'] / 1e6:.0f} MB read, {built['retried']} retried, started "
+            f"{built['starts']} times"
+        )
+
+
+@store_app.command(name="check", help_epilogue="Example: `pix2mass store check clusters.zarr`")
+def store_check(store: str, /) -> None:
+    """Read every byte of a store and compare it with the checksums taken when it was sealed.
+
+    Parameters
+    ----------
+    store
+        Folder or URL of a finished store.
+    """
+    from pix2mass.store import ImageStore
+
+    images = ImageStore.open(store)
+    with _progress("comparing checksums") as progress:
+        images.check(progress)
+    print(f"{images.path}: {len(images)} cutouts as they were sealed, checksum {images.checksum}")
+
+
+@store_app.command(name="show", help_epilogue="Example: `pix2mass store show clusters.zarr --out sheet.png --flagged`")
+def store_show(
+    store: str,
+    /,
+    *,
+    out: Path = Path("contact-sheet.png"),
+    ids: str = "",
+    flagged: Annotated[bool, Parameter(negative="")] = False,
+    n: int = 24,
+) -> None:
+    """Draw a contact sheet: colour composites with redshifts and flags.
+
+    Parameters
+    ----------
+    store
+        Folder or URL of a finished store.
+    out
+        Picture to write; .png, .pdf or .svg.
+    ids
+        Clusters to draw, separated by commas; some spread evenly over redshift if not given.
+    flagged
+        Draw only cutouts with a flag.
+    n
+        How many to draw when no ids are given.
+    """
+    from pix2mass import pipeline
+    from pix2mass.store import ImageStore
+
+    images = ImageStore.open(store)
+    rows = images.rows(ids.split(",")) if ids else pipeline.choose_rows(images, n, flagged)
+    print(f"wrote {pipeline.draw_store(images, rows, out)}: {len(rows)} of {len(images)} cutouts")
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
@@ -304,12 +471,12 @@ def mock(
 
 @app.command(help_epilogue="Example: `pix2mass pretrain positions.zarr --run runs/real --leave-one-group-out`")
 def pretrain(
-    store: Path,
+    store: str,
     /,
     *,
     run: Path,
     config: Annotated[PretrainConfig, _flat] = PretrainConfig(),  # noqa: B008
-    test_store: Path | None = None,
+    test_store: str | None = None,
     leave_one_group_out: Annotated[bool, Parameter(negative="")] = False,
     seed: Seed = 1,
 ) -> None:
@@ -348,7 +515,7 @@ def pretrain(
 
 @app.command(help_epilogue="Example: `pix2mass train labelled.zarr labelled.ecsv --run runs/mine`")
 def train(
-    store: Path,
+    store: str,
     catalog: Path,
     /,
     *,
@@ -378,7 +545,7 @@ def train(
 
 
 @app.command(help_epilogue="Example: `pix2mass evaluate runs/mine labelled.zarr`")
-def evaluate(run: Path, store: Path, /, *, seed: Seed = 1) -> None:
+def evaluate(run: Path, store: str, /, *, seed: Seed = 1) -> None:
     """Score a trained run beside constant, redshift-only, richness and shuffled-label baselines on the same folds.
 
     Parameters
@@ -451,13 +618,15 @@ def baseline(
     help_epilogue="Example: `pix2mass predict clusters.ecsv --run runs/demo --frames DATA/sas --out masses.ecsv`"
 )
 def predict(
-    clusters: Path,
+    clusters: str,
     /,
     *,
     run: Path,
     source: Source = None,
     columns: Columns = "",
     out: Path = Path("masses.ecsv"),
+    workers: Workers = 1,
+    scheduler: Scheduler = None,
 ) -> None:
     """Masses with errors and flags, from a store of images or from a catalogue and the source of its images.
 
@@ -474,26 +643,29 @@ def predict(
 
     from pix2mass import pipeline
     from pix2mass.catalog import read_catalog, write_catalog
+    from pix2mass.distribute import open_workers
     from pix2mass.predict import Predictor
     from pix2mass.store import ImageStore
 
     if out.suffix not in (".ecsv", ".csv", ".fits"):
         raise Pix2massError(f"--out {out}: choose a name ending in .ecsv, .csv or .fits")
-    if not clusters.exists():
+    is_store = "://" in clusters or Path(clusters).is_dir()
+    if not is_store and not Path(clusters).exists():
         raise Pix2massError(f"{clusters}: no such catalogue or image store")
     predictor = Predictor(run)
-    if clusters.is_dir():
-        if source is not None:
-            raise Pix2massError(f"{clusters} is an image store: --frames and --cutouts go with a catalogue")
-        store = ImageStore.open(clusters)
-    else:
-        if source is None:
-            raise Pix2massError(f"{clusters} is a catalogue: say where its images are with --frames or --cutouts")
-        needs_z = predictor.info["use_redshift"] or predictor.grid.width_kpc
-        table = read_catalog(clusters, _columns(columns), ("z",) if needs_z else ())
-        store = pipeline.build_store(table, source, predictor.grid, out.with_suffix(".zarr"), 1, _progress)
-    with _progress("predicting") as progress:
-        masses = pipeline.predict(predictor, store, progress)
+    with open_workers(_cores(workers), scheduler) as pool:
+        if is_store:
+            if source is not None:
+                raise Pix2massError(f"{clusters} is an image store: --frames and --cutouts go with a catalogue")
+            store = ImageStore.open(clusters)
+        else:
+            if source is None:
+                raise Pix2massError(f"{clusters} is a catalogue: say where its images are with --frames or --cutouts")
+            needs_z = predictor.info["use_redshift"] or predictor.grid.width_kpc
+            table = read_catalog(Path(clusters), _columns(columns), ("z",) if needs_z else ())
+            store = pipeline.build_store(table, source, predictor.grid, out.with_suffix(".zarr"), pool, _progress)
+        with _progress("predicting") as progress:
+            masses = pipeline.predict(predictor, store, progress, pool)
     write_catalog(masses, out)
     print(f"{'id':<28} {'z':>6} {'log10 M500c':>11} {'error':>6}  flags")
     for row in masses[:20]:
@@ -513,7 +685,7 @@ def predict(
 @app.command(help_epilogue="Example: `pix2mass explain runs/demo clusters.zarr --ids RMJ222655.7-005503.6`")
 def explain(
     run: Path,
-    store: Path,
+    store: str,
     /,
     *,
     ids: str = "",
@@ -644,33 +816,47 @@ def _progress(label: str) -> Iterator[Any]:
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     if not console.is_terminal:
         yield _line_progress(label)
         return
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(label, total=None, rate="")
+        task = bar.add_task(label, total=None, rate="", note="")
 
-        def update(done: int, total: int) -> None:
+        begun = False
+
+        def update(done: int, total: int, note: str = "") -> None:
+            nonlocal begun
+            if not begun:  # what was there before says nothing about the rate
+                bar.reset(task, completed=done, total=total)
+                begun = True
             speed = bar.tasks[task].speed
-            bar.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
+            bar.update(task, completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "", note=note)
 
         yield update
 
 
-def _line_progress(label: str) -> Callable[[int, int], None]:
+def _line_progress(label: str) -> Callable[..., None]:
     """Progress for log files: a line at the start, and one every ten seconds with rate and time left."""
     print(f"{label} ...", file=sys.stderr, flush=True)
     start = shown = time.monotonic()
+    done_before = -1
 
-    def update(done: int, total: int) -> None:
-        nonlocal shown
+    def update(done: int, total: int, note: str = "") -> None:
+        nonlocal start, shown, done_before
         now = time.monotonic()
-        if now - shown >= 10 and done:
+        if done_before < 0:  # what was there before says nothing about the rate
+            done_before, start = (done, now) if done > 1 else (0, start)
+        if now - shown >= 10 and done > done_before:
             shown = now
-            rate = done / (now - start)
+            rate = (done - done_before) / (now - start)
             left = (total - done) / rate
-            print(f"  {label}: {done} of {total}, {rate:.2g}/s, {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"  {label}: {done} of {total}, {rate:.2g}/s, {left:.0f} s left{', ' + note if note else ''}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     return update
 

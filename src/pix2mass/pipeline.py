@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from astropy.table import QTable
+from astropy.table import QTable, vstack
 
 from pix2mass.catalog import read_catalog, sky_folds, write_catalog
 from pix2mass.catalog.masses import MassDefinition, to_m500c
 from pix2mass.config import BaselineConfig, BuildConfig, GridConfig, MockConfig, RunConfig, TrainConfig
+from pix2mass.distribute import Workers
 from pix2mass.evaluate import evaluate
 from pix2mass.explain import explain
-from pix2mass.images.cutouts import CutoutSource
+from pix2mass.images.archive import Folder, Http, open_archive
+from pix2mass.images.cutouts import CutoutSource, write_cutout
 from pix2mass.images.frame_index import FrameIndex
 from pix2mass.images.frames import FrameSource
-from pix2mass.images.mock.population import draw_clusters, observe
-from pix2mass.images.mock.population import galaxies as galaxies_in_box
+from pix2mass.images.hips import HipsSource
+from pix2mass.images.inject import inject_frames, random_clusters
+from pix2mass.images.mock.frames import write_frames
+from pix2mass.images.mock.population import draw_clusters
 from pix2mass.images.mock.source import MockSource
+from pix2mass.images.plan import plan_frames, plan_hips, square_widths
+from pix2mass.images.window import WINDOW_FLIST, ask_skyserver, find_window_flist, read_window_flist
 from pix2mass.predict import predict
-from pix2mass.report import write_report
+from pix2mass.report import Tile, write_contact_sheet, write_report
 from pix2mass.richness import (
     PUBLISHED,
     calibrate,
@@ -41,7 +48,15 @@ from pix2mass.store import ImageStore, Source, build
 from pix2mass.train import pretrain, shared_positions, train
 from pix2mass.types import Pix2massError
 
-Progress = Callable[[int, int], None]
+
+class Progress(Protocol):
+    """Shows how far a stage is."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """``done`` of ``total``; the note says what else there is to know, e.g. failures."""
+        ...
+
+
 Reporter = Callable[[str], AbstractContextManager[Progress]]
 """``with reporter("building") as progress: progress(done, total)``"""
 
@@ -59,38 +74,102 @@ class Survey:
     unlabelled_store: ImageStore
 
 
-def open_source(config: BuildConfig, grid: GridConfig, reporter: Reporter) -> Source:
-    """The source of images that a config names.
+def open_source(config: BuildConfig, grid: GridConfig, catalog: QTable, reporter: Reporter) -> Source:
+    """The source of images that a config names, for the clusters of a catalogue.
 
     Raises:
         Pix2massError: the folder, URL or index cannot be read.
     """
     if config.cutouts is not None:
         return CutoutSource(config.cutouts, grid)
+    if config.hips:
+        return HipsSource(grid, config.hips_service)
+    archive = _open_frames(config)
+    return FrameSource(archive, grid, open_index(config, grid, catalog, archive, reporter))
+
+
+def _open_frames(config: BuildConfig) -> Folder | Http:
     assert config.frames is not None  # the config holds exactly one source
+    return open_archive(config.frames, config.frame_cache, config.keep_frames, config.connections)
+
+
+def open_index(
+    config: BuildConfig, grid: GridConfig, catalog: QTable, archive: Folder | Http, reporter: Reporter
+) -> FrameIndex:
+    """Which frames cover the clusters of a catalogue, found in the way that a config names.
+
+    Raises:
+        Pix2massError: the index, the list of fields or the service cannot be read.
+    """
     if config.frame_index is not None:
-        index = FrameIndex.from_file(config.frame_index)
-    else:
-        with reporter("reading frame headers") as progress:
-            index = FrameIndex.from_base(config.frames, progress=progress)
-    return FrameSource(config.frames, grid, index)
+        return FrameIndex.from_file(config.frame_index)
+    where = (np.asarray(catalog["ra_deg"], float), np.asarray(catalog["dec_deg"], float))
+    if config.fields == "skyserver":
+        widths = np.nan_to_num(square_widths(catalog, grid))
+        with reporter("asking SkyServer for fields") as progress:
+            return ask_skyserver(config.skyserver, *where, widths, config.frame_cache, progress)
+    if config.fields in ("auto", "list"):
+        with reporter("reading the list of fields"):
+            fields = find_window_flist(archive)
+            if fields is not None:
+                widths = np.nan_to_num(square_widths(catalog, grid))
+                return read_window_flist(fields, (*where, widths))
+        if config.fields == "list":
+            raise Pix2massError(
+                f"{archive}: expected the list of fields {WINDOW_FLIST}, found none; use --fields headers or skyserver"
+            )
+    with reporter("reading frame headers") as progress:
+        return FrameIndex.from_base(archive, progress=progress)
+
+
+def plan_build(
+    catalog: QTable, config: BuildConfig, grid: GridConfig, out: Path | str, cores: int, reporter: Reporter
+) -> dict[str, Any]:
+    """What ``build_store`` would cost, before any image is fetched; see ``images.plan``."""
+    if config.cutouts is not None:
+        raise Pix2massError("--plan is about frames and the cutout service: your own cutouts lie here already")
+    before: dict[str, Any] = {}
+    with contextlib.suppress(Pix2massError):
+        earlier = ImageStore.open(out)
+        if config.decides().items() <= earlier.provenance.items():
+            before = earlier.build_summary
+    if config.hips:
+        return plan_hips(catalog, grid, before)
+    archive = _open_frames(config)
+    try:
+        index = open_index(config, grid, catalog, archive, reporter)
+        with reporter("counting frames") as progress:
+            return plan_frames(catalog, grid, index, archive, cores, before, progress)
+    finally:
+        archive.close()
 
 
 def build_store(
-    catalog: QTable, config: BuildConfig, grid: GridConfig, out: Path, workers: int, reporter: Reporter
+    catalog: QTable, config: BuildConfig, grid: GridConfig, out: Path | str, workers: Workers, reporter: Reporter
 ) -> ImageStore:
-    """Images of a catalogue from frames or from the user's own cutouts, as a sealed store."""
-    source = open_source(config, grid, reporter)
+    """Images of a catalogue from frames, from the cutout service or from the user's own cutouts, as a sealed store.
+
+    What decides the pixels is in the store's provenance; how they came is not, so that a build from a server gives the
+    same bytes as one from a folder.
+    """
+    source = open_source(config, grid, catalog, reporter)
+    provenance = {**config.decides(), **getattr(source, "provenance", {})}
     try:
-        with reporter(f"building {out.name}") as progress:
-            return build(catalog, source, out, grid, config.model_dump(mode="json"), workers, progress)
+        with reporter(f"building {Path(out).name}") as progress:
+            store = build(catalog, source, out, grid, provenance, workers, progress)
+        if config.frames is not None and not config.keep_frames:
+            with contextlib.closing(_open_frames(config)) as archive:
+                archive.sweep()
+        return store
     finally:
         close = getattr(source, "close", None)
         if close:
             close()
 
 
-def make_mock(config: MockConfig, grid: GridConfig, seed: int, out: Path, workers: int, reporter: Reporter) -> Survey:
+def make_mock(
+    config: MockConfig, grid: GridConfig, seed: int, out: Path, workers: Workers, reporter: Reporter
+) -> Survey:
     """A mock survey with known truth; its richness is measured from galaxies with magnitude errors.
 
     Args:
@@ -98,7 +177,7 @@ def make_mock(config: MockConfig, grid: GridConfig, seed: int, out: Path, worker
         grid: of the cutouts.
         seed: same seed, same bytes.
         out: folder; gets ``labelled.ecsv``, ``unlabelled.ecsv``, ``labelled.zarr``, ``unlabelled.zarr``.
-        workers: processes.
+        workers: make the cutouts.
         reporter: shows progress.
     """
     source = MockSource(config, grid, seed)
@@ -111,12 +190,99 @@ def make_mock(config: MockConfig, grid: GridConfig, seed: int, out: Path, worker
         made[kind] = (catalog, store)
     labelled, labelled_store = made["labelled"]
     unlabelled, unlabelled_store = made["unlabelled"]
+    _write_mock_catalogs(labelled, unlabelled, source, seed, out, reporter)
+    return Survey(read_catalog(out / "labelled.ecsv"), unlabelled, labelled_store, unlabelled_store)
+
+
+def _write_mock_catalogs(
+    labelled: QTable, unlabelled: QTable, source: MockSource, seed: int, out: Path, reporter: Reporter
+) -> None:
     if not (out / "labelled.ecsv").exists():
         with reporter("measuring richness") as progress:
             measure_richness(labelled, source, seed, progress)
         write_catalog(unlabelled, out / "unlabelled.ecsv")
         write_catalog(labelled, out / "labelled.ecsv")
-    return Survey(read_catalog(out / "labelled.ecsv"), unlabelled, labelled_store, unlabelled_store)
+
+
+def write_mock_files(
+    config: MockConfig,
+    grid: GridConfig,
+    seed: int,
+    out: Path,
+    images: Literal["cutouts", "frames"],
+    workers: Workers,
+    reporter: Reporter,
+) -> None:
+    """A mock survey as ``make_mock`` makes it, with its images in FITS files in place of stores.
+
+    Args:
+        config: of the mock sky.
+        grid: of the cutouts; of frames, the width that they are to cover.
+        seed: same seed, same bytes.
+        out: folder; gets ``labelled.ecsv``, ``unlabelled.ecsv``, and ``labelled/ID-BAND.fits`` and
+            ``unlabelled/ID-BAND.fits``, or ``dr12/...`` in the layout of the SDSS archive.
+        images: which of the two.
+        workers: draw the frames.
+        reporter: shows progress.
+    """
+    source = MockSource(config, grid, seed)
+    catalogs = {
+        kind: draw_clusters(config, n, seed, kind[0].upper())
+        for kind, n in (("labelled", config.n_labelled), ("unlabelled", config.n_unlabelled))
+    }
+    if images == "frames":
+        both = vstack(list(catalogs.values()), metadata_conflicts="silent")
+        draw_frames(both, config, grid, seed, out, workers, reporter)
+    else:
+        for kind, catalog in catalogs.items():
+            with reporter(f"drawing {kind} cutouts") as progress:
+                for done, cluster in enumerate(catalog):
+                    pattern = f"{out / kind}/{{id}}-{{band}}.fits"
+                    write_cutout(source.cutout(cluster), str(cluster["id"]), pattern)
+                    progress(done + 1, len(catalog))
+    _write_mock_catalogs(catalogs["labelled"], catalogs["unlabelled"], source, seed, out, reporter)
+
+
+def draw_frames(
+    catalog: QTable, config: MockConfig, grid: GridConfig, seed: int, out: Path, workers: Workers, reporter: Reporter
+) -> int:
+    """The mock sky of a catalogue as frames: see ``images.mock.frames.write_frames``; the number of frames."""
+    with reporter("drawing frames") as progress:
+        return len(write_frames(catalog, config, seed, out, grid, workers=workers, progress=progress))
+
+
+def inject(
+    base: str,
+    catalog: QTable | None,
+    n_clusters: int,
+    config: MockConfig,
+    grid: GridConfig,
+    seed: int,
+    out: Path,
+    reporter: Reporter,
+) -> QTable:
+    """Paint mock clusters into frames, at the positions of a catalogue or at random ones.
+
+    Args:
+        base: folder or URL of the frames.
+        catalog: clusters with mass or richness; None draws ``n_clusters``.
+        n_clusters: how many are drawn.
+        config: of the mock sky.
+        grid: of the cutouts that the new frames are to cover.
+        seed: same seed, same bytes.
+        out: folder; gets ``dr12/...`` and ``injected.ecsv``.
+        reporter: shows progress.
+
+    Returns:
+        The clusters painted.
+    """
+    with reporter("reading frame headers") as progress:
+        index = FrameIndex.from_base(base, progress=progress)
+    chosen = random_clusters(index, config, n_clusters, seed) if catalog is None else catalog
+    with reporter("painting clusters into frames") as progress:
+        inject_frames(base, chosen, config, seed, out, grid, index=index, progress=progress)
+    write_catalog(chosen, out / "injected.ecsv")
+    return chosen
 
 
 def measure_richness(catalog: QTable, source: MockSource, seed: int, progress: Progress) -> None:
@@ -138,7 +304,7 @@ def measure_richness(catalog: QTable, source: MockSource, seed: int, progress: P
     members = {name: np.concatenate(values) for name, values in red.items()}
     blank = [{"id": f"blank-{i}", "z": 0.25} for i in range(_CALIBRATION_FIELDS)]
     width_arcsec = 1800.0
-    fields = [observe(galaxies_in_box(field, config, width_arcsec, seed), field, seed) for field in blank]
+    fields = [source.galaxies(field, width_arcsec) for field in blank]
     calibration = calibrate(members, members["z"], fields, len(fields) * width_arcsec**2)
     depth_mag = ten_sigma_depth_mag(
         {name: np.concatenate([field[name] for field in fields]) for name in ("mag", "mag_err")}
@@ -294,7 +460,7 @@ def train_run(
     folder.write_provenance(seed, stores={"labelled": store.checksum})
 
 
-def run(config: RunConfig, folder: RunFolder, workers: int, reporter: Reporter) -> dict[str, Any]:
+def run(config: RunConfig, folder: RunFolder, workers: Workers, reporter: Reporter) -> dict[str, Any]:
     """All stages from images to report. Stages whose inputs and configuration have not changed are skipped.
 
     Returns:
@@ -314,7 +480,7 @@ def run(config: RunConfig, folder: RunFolder, workers: int, reporter: Reporter) 
     key = digest("predict", trained, survey.unlabelled_store.checksum)
     if not folder.is_done("predict", key, *outputs):
         with folder.stage("predict", key), reporter("predicting unlabelled clusters") as progress:
-            write_catalog(predict(folder, survey.unlabelled_store, progress), outputs[0])
+            write_catalog(predict(folder, survey.unlabelled_store, progress, workers), outputs[0])
     evaluate_run(folder, survey.labelled_store, config.seed, reporter)
     if "log10_m500c_true" in survey.unlabelled.colnames:
         folder.write_json(
@@ -356,7 +522,26 @@ def choose_clusters(folder: RunFolder, n: int) -> list[str]:
     return [str(cluster_id) for cluster_id in table["id"][order[picked]]]
 
 
-def _survey(config: RunConfig, folder: RunFolder, workers: int, reporter: Reporter) -> Survey:
+def choose_rows(store: ImageStore, n: int, flagged: bool = False) -> np.ndarray:
+    """At most n rows of a store, spread evenly over redshift, in that order; only those with a flag if asked for.
+
+    Raises:
+        Pix2massError: no cutout has a flag.
+    """
+    rows = np.flatnonzero(store.flags) if flagged else np.arange(len(store))
+    if not rows.size:
+        raise Pix2massError(f"{store.path}: no cutout has a flag")
+    rows = rows[np.argsort(store.z[rows], kind="stable")]
+    return rows[np.unique(np.linspace(0, len(rows) - 1, n).round().astype(int))]
+
+
+def draw_store(store: ImageStore, rows: np.ndarray, out: Path) -> Path:
+    """Draw a contact sheet of some rows."""
+    tiles = [Tile(store.ids[row], float(store.z[row]), store[row]) for row in rows]
+    return write_contact_sheet(tiles, f"{Path(store.path).name}: {len(rows)} of {len(store)} cutouts", out)
+
+
+def _survey(config: RunConfig, folder: RunFolder, workers: Workers, reporter: Reporter) -> Survey:
     if config.mock is not None:
         key = digest("mock", config.mock, config.grid, config.seed)
         out = folder / f"survey-{key}"
@@ -366,14 +551,13 @@ def _survey(config: RunConfig, folder: RunFolder, workers: int, reporter: Report
             return make_mock(config.mock, config.grid, config.seed, out, workers, reporter)
     assert config.data is not None  # the config holds one of the two
     data = config.data
-    source = BuildConfig(frames=data.frames, frame_index=data.frame_index, cutouts=data.cutouts)
+    source = BuildConfig(**{name: getattr(data, name) for name in BuildConfig.model_fields})
     need = ("z",) if config.grid.width_kpc else ()
     tables = {name: read_catalog(getattr(data, name), need=need) for name in ("labelled", "unlabelled")}
     stores = {}
     for name, table in tables.items():
-        key = digest(
-            "build", source, config.grid, *(table[column].tolist() for column in ("id", "ra_deg", "dec_deg", "z"))
-        )
+        columns = (table[column].tolist() for column in ("id", "ra_deg", "dec_deg", "z"))
+        key = digest("build", source.decides(), config.grid, *columns)
         out = folder / f"{name}-{key}.zarr"
         if folder.is_done(f"build-{name}", key, out):
             stores[name] = ImageStore.open(out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from astropy.table import QTable
 from torch import Tensor
 
 from pix2mass.config import GridConfig, validate
+from pix2mass.distribute import InProcess, Workers
 from pix2mass.model import Encoder, MassRegressor, combine, dihedral, prepare
 from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore
@@ -20,6 +23,7 @@ from pix2mass.types import Flag, MassEstimate, Pix2massError
 QUANTILES = {"q025": -1.959964, "q16": -0.994458, "q50": 0.0, "q84": 0.994458, "q975": 1.959964}
 """Column name -> quantile of the standard normal distribution (2.5, 16, 50, 84 and 97.5 per cent)."""
 _BATCH = 64
+_BATCHES_PER_TASK = 8
 
 
 class Predictor:
@@ -92,6 +96,7 @@ def predict(
     run: Predictor | RunFolder | str | Path,
     store: ImageStore | str | Path,
     progress: Callable[[int, int], None] | None = None,
+    workers: Workers | None = None,
 ) -> QTable:
     """Masses of all clusters of a store.
 
@@ -99,6 +104,8 @@ def predict(
         run: a run folder with finished training, or a :class:`Predictor`.
         store: sealed images with the run's bands and grid.
         progress: called with (done, total).
+        workers: of ``distribute.open_workers``, who see the run and the store at the same paths; this process if not
+            given.
 
     Returns:
         One row per cluster: id, ra_deg, dec_deg, z, log10_m500c, log10_m500c_err (dex), quantiles q025 to q975, flags
@@ -120,25 +127,17 @@ def predict(
     mean, sigma = np.full(len(store), np.nan), np.full(len(store), np.nan)
     flags = store.flags.copy()
     flags[(z < info["z_range"][0]) | (z > info["z_range"][1])] |= Flag.REDSHIFT_EXTRAPOLATED
-    for start in range(0, len(store), _BATCH):
-        rows = np.arange(start, min(start + _BATCH, len(store)))
-        flux, mask = store.batch(rows)
-        coverage = 1.0 - mask.mean(axis=(1, 2, 3))
-        flags[rows[coverage < info["min_coverage"]]] |= Flag.LOW_COVERAGE
-        usable = np.isfinite(store.noise[rows]).any(axis=1)
-        flags[rows[~usable]] |= Flag.NO_ESTIMATE
-        if usable.any():
-            images, valid = prepare(
-                torch.from_numpy(flux[usable]),
-                torch.from_numpy(mask[usable]),
-                torch.from_numpy(store.noise[rows[usable]]),
-            )
-            redshift = torch.tensor(np.nan_to_num(z[rows[usable]]), dtype=torch.float32)
-            estimate = predictor.estimate(images, valid, redshift)
-            mean[rows[usable]], sigma[rows[usable]] = (values.numpy() for values in estimate)
-        flags[rows[~np.isfinite(mean[rows])]] |= Flag.NO_ESTIMATE
+    batches = [range(start, min(start + _BATCH, len(store))) for start in range(0, len(store), _BATCH)]
+    tasks = [batches[i : i + _BATCHES_PER_TASK] for i in range(0, len(batches), _BATCHES_PER_TASK)]
+    done = 0
+    for batch in (workers or InProcess()).map(_estimate_batches, _Site.of(predictor, store), tasks):
+        rows = np.asarray(batch.rows)
+        mean[rows], sigma[rows] = batch.mean, batch.sigma
+        flags[rows[batch.coverage < info["min_coverage"]]] |= Flag.LOW_COVERAGE
+        flags[rows[~np.isfinite(batch.mean)]] |= Flag.NO_ESTIMATE
+        done += len(rows)
         if progress:
-            progress(int(rows[-1]) + 1, len(store))
+            progress(done, len(store))
     return QTable(
         {
             "id": store.ids,
@@ -160,6 +159,62 @@ def predict(
             "pix2mass_version": predictor.folder.read_json("provenance.json")["versions"].get("pix2mass", ""),
         },
     )
+
+
+class _Site:
+    """The networks and the images, opened where they are needed: a worker gets the paths alone."""
+
+    def __init__(self, run: Path, store: Path | str) -> None:
+        self._run, self._store = run, store
+
+    @classmethod
+    def of(cls, predictor: Predictor, store: ImageStore) -> _Site:
+        """Of networks and images that are open here."""
+        folder, path = predictor.folder.path.absolute(), store.path
+        site = cls(folder, path.absolute() if isinstance(path, Path) else path)
+        site.predictor, site.store = predictor, store
+        return site
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Site, (self._run, self._store)
+
+    @functools.cached_property
+    def predictor(self) -> Predictor:
+        return Predictor(self._run)
+
+    @functools.cached_property
+    def store(self) -> ImageStore:
+        return ImageStore.open(self._store)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Estimates of some rows: log10 M500c and its error, NaN without usable pixels, and covered shares of pixels."""
+
+    rows: range
+    mean: np.ndarray
+    sigma: np.ndarray
+    coverage: np.ndarray
+
+
+def _estimate_batches(site: _Site, batches: list[range]) -> Iterator[_Batch]:
+    """The part of :func:`predict` that takes time."""
+    store = site.store
+    for rows in batches:
+        chosen = np.asarray(rows)
+        flux, mask = store.batch(chosen)
+        mean, sigma = np.full((2, len(rows)), np.nan)
+        usable = np.isfinite(store.noise[chosen]).any(axis=1)
+        if usable.any():
+            images, valid = prepare(
+                torch.from_numpy(flux[usable]),
+                torch.from_numpy(mask[usable]),
+                torch.from_numpy(store.noise[chosen[usable]]),
+            )
+            redshift = torch.tensor(np.nan_to_num(store.z[chosen[usable]]), dtype=torch.float32)
+            estimate = site.predictor.estimate(images, valid, redshift)
+            mean[usable], sigma[usable] = (values.numpy() for values in estimate)
+        yield _Batch(rows, mean, sigma, 1.0 - mask.mean(axis=(1, 2, 3)))
 
 
 def as_estimates(table: QTable) -> list[MassEstimate]:

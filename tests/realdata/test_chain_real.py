@@ -47,7 +47,7 @@ def test_bands_of_a_field_not_seen_are_told(real_data, index, tmp_path):
 def test_a_real_cluster_is_heavier_than_empty_sky(real_data, index, tmp_path):
     """Trained on the mock sky alone; the cluster is 0.8' from the edge of its frame."""
     folder, grid = RunFolder(tmp_path / "run"), GridConfig()
-    mock = MockConfig(n_labelled=300, n_unlabelled=60)
+    mock = MockConfig(n_labelled=300, n_unlabelled=60, z_min=0.1, z_max=0.4)
     source = MockSource(mock, grid, 1)
     unlabelled = build(draw_clusters(mock, 60, 1, "U"), source, tmp_path / "unlabelled.zarr", grid)
     catalog = check_catalog(draw_clusters(mock, 300, 1, "L"), "mock")

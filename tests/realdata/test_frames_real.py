@@ -51,8 +51,8 @@ def open_source(base, index):
     def start(grid: GridConfig) -> FrameSource:
         source = FrameSource(base, grid, index)
         if shared:
-            source._frames = shared[0]
-        shared.append(source._frames)
+            source._queue.frames = shared[0]
+        shared.append(source._queue.frames)
         return source
 
     return start

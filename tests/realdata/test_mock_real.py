@@ -14,11 +14,13 @@ from scipy.spatial import cKDTree
 
 from pix2mass.config import GridConfig, MockConfig
 from pix2mass.images.mock import population
-from pix2mass.images.mock.source import PIXEL_SIGMA_NMGY, MockSource
+from pix2mass.images.mock.source import MockSource
 from pix2mass.images.mock.templates import templates
 from pix2mass.richness import m_star_i_mag
+from pix2mass.types import BANDS
 
 FIELD_AREA_DEG2 = 3.36
+SKY = MockConfig().physics
 
 
 def columns(table: Table) -> dict[str, np.ndarray]:
@@ -57,7 +59,9 @@ def red_galaxies(photometry: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
 @pytest.fixture(scope="module")
 def mock_field() -> tuple[dict[str, np.ndarray], float]:
     rows = [{"id": f"real{i}", "z": 0.25} for i in range(12)]
-    catalogues = [population.observe(population.galaxies(row, MockConfig(), 1800.0, 1), row, 1) for row in rows]
+    sources = [population.galaxies(row, MockConfig(), 1800.0, 1) for row in rows]
+    # The reddening of the real field.
+    catalogues = [population.observe(s, row, 1, ebv_mag=0.09) for s, row in zip(sources, rows, strict=True)]
     for i, catalogue in enumerate(catalogues):
         catalogue["ra_deg"] = (catalogue["ra_deg"] + 180.0) % 360.0 + 2.0 * i
     return {k: np.concatenate([c[k] for c in catalogues]) for k in catalogues[0]}, len(rows) * 0.25
@@ -67,8 +71,8 @@ def test_red_sequence_of_the_mock_is_the_real_one(red_galaxies):
     galaxies, z = red_galaxies
     colours = -np.diff(galaxies["mag"], axis=1)[:, 1:]
     dm = galaxies["ref_mag"] - m_star_i_mag(z)
-    slope = population.RED_COLOUR_SLOPE[1:] * dm[:, None]
-    expected = -np.diff(templates().red_magnitudes(z), axis=1)[:, 1:] + slope
+    slope = np.array(SKY.red_colour_slope)[1:] * dm[:, None]
+    expected = -np.diff(templates(SKY.red_colour_offset_mag).red_magnitudes(z), axis=1)[:, 1:] + slope
     for low in np.arange(0.10, 0.32, 0.04):
         chosen = (z > low) & (z < low + 0.04)
         offset = np.median((colours - expected)[chosen], axis=0)
@@ -121,7 +125,8 @@ def test_noise_of_the_mock_brackets_that_of_real_frames(real_data):
         with bz2.open(path) as packed, fits.open(io.BytesIO(packed.read())) as hdus:
             pixels = np.asarray(hdus[0].data)[::5, ::5]  # pyright: ignore
         sigma = 1.4826 * np.median(np.abs(pixels - np.median(pixels)))
-        low, high = PIXEL_SIGMA_NMGY[path.name.split("-")[1]]
+        band = BANDS.index(path.name.split("-")[1])
+        low, high = SKY.pixel_sigma_min_nmgy[band], SKY.pixel_sigma_max_nmgy[band]
         assert 0.97 * low < sigma < 1.03 * high, path.name
 
 

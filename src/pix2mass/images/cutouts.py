@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -42,7 +43,8 @@ class CutoutSource:
     the first HDU that has one. Extensions, all of the image's shape, may be: ``SIGMA`` (standard deviation), or
     ``IVAR`` or ``INVVAR`` (inverse variance, 0 where bad), else the scatter of the background is measured and stands
     for every pixel (flag SIGMA_APPROXIMATE); and ``MASK`` (not 0 where bad). The header keyword ``PSF_FWHM``, in
-    arcsec, is read where there. Images are regridded by area onto the store's grid (see ``grid.resample``).
+    arcsec, is read where there, and so are the names of flags in ``CUTFLAGS``, as ``write_cutout`` writes them. Images
+    are regridded by area onto the store's grid (see ``grid.resample``).
     """
 
     def __init__(self, pattern: str, grid: GridConfig) -> None:
@@ -209,11 +211,14 @@ def _parse_image(hdus: Any, path: Path) -> _Image:
             ivar = extensions["IVAR" if "IVAR" in extensions else "INVVAR"]
             variance = 1.0 / np.where(ivar > 0.0, ivar, np.nan)
         else:
-            variance = np.full(flux.shape, _background_scatter(flux[np.isfinite(flux) & ~masked]) ** 2)
+            variance = np.full(flux.shape, background_scatter(flux[np.isfinite(flux) & ~masked]) ** 2)
             flags |= Flag.SIGMA_APPROXIMATE
     bad = ~(np.isfinite(flux) & np.isfinite(variance) & (variance > 0.0))
-    if bad.any():
+    if (bad & ~masked).any():
         flags |= Flag.BAD_PIXELS
+    named = str(image.header.get("CUTFLAGS", "")).split("|")
+    for flag in Flag:
+        flags |= flag if flag.name in named else Flag(0)
     try:
         psf_fwhm_arcsec = float(image.header.get("PSF_FWHM", np.nan))  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -222,7 +227,45 @@ def _parse_image(hdus: Any, path: Path) -> _Image:
     return _Image(np.where(mask, 0.0, flux), np.where(mask, 0.0, variance), mask, wcs, psf_fwhm_arcsec, flags)
 
 
-def _background_scatter(values: np.ndarray) -> float:
+def write_cutout(cutout: Cutout, cluster_id: str, pattern: str) -> list[Path]:
+    """Write a cutout as FITS files, one per band, that ``CutoutSource`` reads.
+
+    A file holds the flux in nanomaggies per pixel with its WCS, the extensions SIGMA and MASK (1 where unusable), and
+    the keywords FILTER, OBJECT, PSF_FWHM (arcsec, where known) and CUTFLAGS (names of the flags).
+
+    Args:
+        cutout: the cutout.
+        cluster_id: name of the cluster.
+        pattern: path with ``{id}`` and ``{band}``; folders are made.
+
+    Returns:
+        The files, in the order of the bands.
+
+    Raises:
+        Pix2massError: the id cannot be part of a file's name.
+    """
+    identifier = _check_id(cluster_id)
+    wcs = target_wcs(cutout.ra_deg, cutout.dec_deg, cutout.pixel_scale_arcsec, cutout.flux.shape[-1])
+    paths = []
+    for k, band in enumerate(cutout.bands):
+        primary = fits.PrimaryHDU(cutout.flux[k], wcs.to_header())
+        primary.header.update({"BUNIT": "nanomaggy", "FILTER": band, "OBJECT": identifier})
+        if np.isfinite(cutout.psf_fwhm_arcsec[k]):
+            primary.header["PSF_FWHM"] = (float(cutout.psf_fwhm_arcsec[k]), "arcsec")
+        if cutout.flags:
+            primary.header["CUTFLAGS"] = str(cutout.flags)
+        sigma = fits.ImageHDU(cutout.sigma[k], name="SIGMA")
+        mask = fits.ImageHDU(cutout.mask[k].astype(np.uint8), name="MASK")
+        path = Path(pattern.replace("{band}", band).replace("{id}", identifier))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        fits.HDUList([primary, sigma, mask]).writeto(part, overwrite=True)
+        os.replace(part, path)
+        paths.append(path)
+    return paths
+
+
+def background_scatter(values: np.ndarray) -> float:
     """Robust standard deviation of the background: 1.4826 MAD after clipping sources at 3 sigma, three times.
 
     Where more than half of the pixels are equal, as in an image without noise, the plain standard deviation.

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import bz2
 import io
+import math
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from astropy.io import fits
@@ -18,6 +21,7 @@ from astropy.wcs import WCS
 
 from pix2mass.images.archive import BadFrame, Field
 from pix2mass.images.grid import tan_wcs
+from pix2mass.images.overlap import flux_and_variance
 from pix2mass.types import BANDS
 
 SATURATION_COUNTS = 15_000.0
@@ -50,6 +54,9 @@ _EARLY_GAIN = {(2, "u"): 1.595}
 
 _EARLY_DARK_VARIANCE = {(2, "i"): 5.76, (4, "i"): 6.25, (4, "z"): 9.61, (5, "z"): 1.8225}
 """Dark variances of runs up to 1500 that differ. Source: SDSS frame data model."""
+
+_FITS_TYPES = {-32: ">f4", -64: ">f8", "A": "S1", "B": "u1", "D": ">f8", "E": ">f4", "I": ">i2", "J": ">i4", "K": ">i8"}
+"""Values of BITPIX, and letters of TFORM, that frames use."""
 
 WCS_COLUMNS = ("crval1", "crval2", "crpix1", "crpix2", "cd1_1", "cd1_2", "cd2_1", "cd2_2", "naxis1", "naxis2")
 
@@ -106,8 +113,25 @@ def row_wcs(row: dict[str, float]) -> WCS:
 
 
 @dataclass(frozen=True, eq=False)
+class Exposure:
+    """What cutouts are made of: one band of one field with its noise.
+
+    Attributes:
+        pixels: (rows, cols, 2) float32, flux in nanomaggies and its variance; 0 and NaN where either is not usable.
+        wcs: where they lie.
+        hot: (2, n) columns and rows of pixels of ``SATURATION_COUNTS`` or more.
+        typical_variance: median variance, infinite where no pixel is usable.
+    """
+
+    pixels: np.ndarray
+    wcs: WCS
+    hot: np.ndarray
+    typical_variance: float
+
+
+@dataclass(frozen=True, eq=False)
 class Frame:
-    """One band of one field: flux (rows, cols) in nanomaggies, and what its noise is computed from."""
+    """One band of one field: flux (rows, cols) in nanomaggies, big-endian, and what its noise is computed from."""
 
     flux: np.ndarray
     wcs: WCS
@@ -116,26 +140,38 @@ class Frame:
     x_interp: np.ndarray
     y_interp: np.ndarray
 
-    def counts(self, rows: slice, cols: slice) -> np.ndarray:
-        """Counts (rows, cols) before calibration and sky subtraction: f / calib + sky."""
-        sky = _interpolate(_interpolate(self.sky, self.x_interp[cols], 1), self.y_interp[rows], 0)
-        return self.flux[rows, cols] / self.calib[cols] + sky
+    def exposure(self, gain: float, dark_variance: float) -> Exposure:
+        """The frame with its noise: counts = f / calib + sky, variance = calib^2 (counts / gain + dark variance).
 
-    def variance(self, rows: slice, cols: slice, counts: np.ndarray, noise: Noise, band_index: int) -> np.ndarray:
-        """Variance of the flux, nanomaggies^2: calib^2 (counts / gain + dark variance). Source: frame data model."""
-        gain, dark = noise.gain[band_index], noise.dark_variance[band_index]
-        return np.square(self.calib[cols]) * (counts / np.float32(gain) + np.float32(dark))
+        Source: SDSS frame data model.
+
+        Args:
+            gain: electrons per count.
+            dark_variance: counts^2.
+        """
+        height, width = self.sky.shape
+        low_x, share_x = _below(self.x_interp, width)
+        low_y, share_y = _below(self.y_interp, height)
+        sky = self.sky[:, low_x] * (1.0 - share_x) + self.sky[:, np.minimum(low_x + 1, width - 1)] * share_x
+        pixels = np.empty((*self.flux.shape, 2), np.float32)
+        hot = np.empty(self.flux.size, np.int32)
+        numbers = np.array([gain, dark_variance, SATURATION_COUNTS], np.float32)
+        n_hot = flux_and_variance(self.flux.view(np.uint32), self.calib, sky, low_y, share_y, numbers, pixels, hot)
+        sample = pixels[::8, ::8, 1]
+        sample = sample[np.isfinite(sample)]
+        typical = float(np.median(sample)) if sample.size else np.inf
+        rows, cols = np.divmod(hot[:n_hot], self.flux.shape[1])
+        return Exposure(pixels, self.wcs, np.stack([cols, rows]), typical)
 
 
-def _interpolate(table: np.ndarray, at: np.ndarray, axis: int) -> np.ndarray:
-    """Linear interpolation of a table along an axis; beyond its ends the end values hold."""
-    size = table.shape[axis]
-    at = np.clip(at, 0.0, size - 1.0)
+def _below(at: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """For linear interpolation in a table: the entry below each place, and the distance from there.
+
+    Beyond the table's ends the end values hold.
+    """
+    at = np.clip(np.nan_to_num(at), 0.0, size - 1.0)
     low = np.minimum(at.astype(np.intp), max(size - 2, 0))
-    share = (at - low).astype(np.float32)
-    share = share if axis == 1 else share[:, None]
-    high = np.minimum(low + 1, size - 1)
-    return np.take(table, low, axis) * (1.0 - share) + np.take(table, high, axis) * share
+    return low, (at - low).astype(np.float32)
 
 
 def parse_frame(data: bytes, field: Field, band: str) -> Frame:
@@ -148,24 +184,42 @@ def parse_frame(data: bytes, field: Field, band: str) -> Frame:
                 header = hdus[0].header  # type: ignore[union-attr]
                 check_identity(header, field, band)
                 wcs = row_wcs(wcs_row(header))
-                flux, calib, sky = (_native(hdus[k].data) for k in (0, 1, 2))  # type: ignore[union-attr]
-                if len(hdus) > 3 and (number := int(hdus[3].data["FIELD"][0])) != field.field:  # type: ignore[union-attr]
+                flux, calib = _image(data, hdus[0]), _image(data, hdus[1])
+                table = {name: _column(data, hdus[2], name) for name in ("ALLSKY", "XINTERP", "YINTERP")}
+                if len(hdus) > 3 and (number := int(_column(data, hdus[3], "FIELD")[0])) != field.field:
                     raise BadFrame(f"wrong frame: expected FIELD = {field.field} in HDU3, found {number}")
-        table = {name: np.asarray(sky[name][0], np.float32) for name in ("ALLSKY", "XINTERP", "YINTERP")}
     except BadFrame:
         raise
     except Exception as error:  # astropy fails in many ways on damaged files
         raise BadFrame(f"truncated, or parts missing: {error}") from None
-    shape = (table["YINTERP"].size, table["XINTERP"].size)
-    if flux is None or flux.shape != shape or calib.shape != shape[1:] or table["ALLSKY"].ndim != 2:
+    calib, sky, x, y = (np.array(part, np.float32) for part in (calib, *table.values()))
+    shape = (y.size, x.size)
+    if flux.shape != shape or flux.dtype != ">f4" or calib.shape != shape[1:] or sky.ndim != 2 or not sky.size:
         raise BadFrame(
-            f"expected an image of shape {shape} as its sky table says, found {None if flux is None else flux.shape}"
+            f"expected an image of shape {shape} as its sky table says, of type >f4, found {flux.shape} {flux.dtype}"
         )
-    return Frame(flux, wcs, calib, table["ALLSKY"], table["XINTERP"].ravel(), table["YINTERP"].ravel())
+    return Frame(flux, wcs, calib, sky, x, y)
 
 
-def _native(data: np.ndarray) -> np.ndarray:
-    return data if data is None or data.dtype.names else np.ascontiguousarray(data, np.float32)
+def _image(data: bytes, hdu: Any) -> np.ndarray:
+    """The numbers of an image HDU where they lie; astropy would copy them twice."""
+    shape = hdu.shape
+    place = hdu.fileinfo()["datLoc"]
+    return np.frombuffer(data, _FITS_TYPES[hdu.header["BITPIX"]], math.prod(shape), place).reshape(shape)
+
+
+def _column(data: bytes, hdu: Any, name: str) -> np.ndarray:
+    """One column's numbers in the first row of a table HDU; astropy would make all columns of all HDUs first."""
+    header, place = hdu.header, hdu.fileinfo()["datLoc"]
+    for k in range(1, header["TFIELDS"] + 1):
+        count, code = re.fullmatch(r"(\d*)([A-Z])", header[f"TFORM{k}"].strip()).groups()  # type: ignore[union-attr]
+        dtype = np.dtype(_FITS_TYPES[code])
+        count = int(count or 1)
+        if header[f"TTYPE{k}"].strip().upper() == name:
+            shape = [int(size) for size in header.get(f"TDIM{k}", f"({count})").strip("() ").split(",")]
+            return np.frombuffer(data, dtype, count, place).reshape(shape[::-1])
+        place += count * dtype.itemsize
+    raise BadFrame(f"truncated, or parts missing: no column {name}")
 
 
 # --- Noise and PSF ----------------------------------------------------------------------------------------------------

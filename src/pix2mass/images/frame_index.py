@@ -5,32 +5,38 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from astropy.table import QTable, Table
+from scipy.spatial import KDTree
 
-from pix2mass.images.archive import FRAME_NAME, BadFrame, Field, frame_path, open_archive
+from pix2mass.images.archive import FRAME_NAME, BadFrame, Field, Folder, Http, frame_path, open_archive
 from pix2mass.images.frame import WCS_COLUMNS, check_identity, read_header, wcs_row
 from pix2mass.types import BANDS, Pix2massError
+
+_SAMPLES = 24
+"""Points on a side of a square at which its coverage is looked at, where scores choose."""
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 
 class FrameIndex:
-    """Which frames exist and where on the sky each band of each field lies.
+    """Which frames exist and where on the sky each of them lies.
 
     Attributes:
-        table: one row per frame: ``run, camcol, field, band, suffix`` (.fits or .fits.bz2) and the frame's own WCS
-            (``crval1`` to ``naxis2``, FITS conventions, degrees). Bands of a field differ by up to 14 pixels.
+        table: one row per footprint: ``run, camcol, field``, ``band`` (the band, or all bands that share the footprint,
+            e.g. ugriz), ``suffix`` (.fits or .fits.bz2) and its WCS (``crval1`` to ``naxis2``, FITS conventions,
+            degrees). The header's own WCS differs between the bands of a field by up to 14 pixels; one that stands for
+            all of them has ``margin_arcsec``, by which a frame may lie off. ``score`` is the field's quality, best 1.
     """
 
     def __init__(self, table: Table) -> None:
         """Make an index from a table.
 
         Args:
-            table: with the columns that the class names.
+            table: with the columns that the class names; ``margin_arcsec`` and ``score`` may be missing.
 
         Raises:
             Pix2massError: columns are missing or hold values that no frame has.
@@ -42,40 +48,55 @@ class FrameIndex:
                 f"frame index: expected the columns {', '.join(needed)}; missing: {', '.join(missing)}; "
                 "make the index anew with FrameIndex.from_base(BASE).to_file(FILE)"
             )
-        columns = {name: np.asarray(table[name]).tolist() for name in needed[:5]}
-        self._bands: list[str] = columns["band"]
-        wrong = sorted(set(columns["suffix"]) - {".fits", ".fits.bz2"}) + sorted(set(self._bands) - set(BANDS))
+        bands, band = np.unique(np.asarray(table["band"], str), return_inverse=True)
+        suffixes, suffix = np.unique(np.asarray(table["suffix"], str), return_inverse=True)
+        wrong = sorted(set(suffixes.tolist()) - {".fits", ".fits.bz2"})
+        wrong += [text for text in bands.tolist() if not text or text != "".join(b for b in BANDS if b in text)]
         if wrong:
             raise Pix2massError(f"frame index: expected bands of {BANDS} and suffixes .fits, .fits.bz2, got {wrong}")
         if any(np.asarray(table[name]).dtype.kind not in "iu" for name in ("run", "camcol", "field")):
             raise Pix2massError("frame index: expected whole numbers in the columns run, camcol and field")
         self.table = table
-        self._fields = [
-            Field(*place) for place in zip(columns["run"], columns["camcol"], columns["field"], strict=True)
-        ]
-        self._suffix = dict(zip(zip(self._fields, self._bands, strict=True), columns["suffix"], strict=True))
+        self._place = np.stack([np.asarray(table[name], np.int64) for name in ("run", "camcol", "field")], axis=1)
+        self._bands, self._band = bands.tolist(), band.reshape(-1)
+        self._suffixes, self._suffix = suffixes.tolist(), suffix.reshape(-1)
         self._wcs = np.stack([np.asarray(table[name], float) for name in WCS_COLUMNS], axis=1).reshape(-1, 10)
         crval, crpix, cd, naxis = _split_wcs(self._wcs)
         if not (np.isfinite(self._wcs).all() and (np.linalg.det(cd) != 0.0).all()):
             raise Pix2massError("frame index: expected finite numbers and a matrix cd that can be inverted in each row")
+        extra = {
+            name: np.asarray(table[name], float) if name in table.colnames else np.zeros(len(table))
+            for name in ("margin_arcsec", "score")
+        }
+        self._score = extra["score"] if "score" in table.colnames else None
+        self._margin_px = extra["margin_arcsec"] / 3600.0 / np.sqrt(np.abs(np.linalg.det(cd)))
         offset = np.einsum("kij,kj->ki", cd, (naxis + 1.0) / 2.0 - crpix)
-        self._centres = _unit_vectors(*_deproject(offset[:, 0], offset[:, 1], crval[:, 0], crval[:, 1]))
-        self._radius_deg = 0.5 * np.hypot(*np.einsum("kij,kj->ik", np.abs(cd), naxis))
+        self._centres = unit_vectors(*_deproject(offset[:, 0], offset[:, 1], crval[:, 0], crval[:, 1]))
+        reach = naxis + 2.0 * self._margin_px[:, None]
+        self._radius_deg = 0.5 * np.hypot(*np.einsum("kij,kj->ik", np.abs(cd), reach))
+        keys = _keys(*self._place.T)
+        self._by_key = np.argsort(keys, kind="stable")
+        self._keys = keys[self._by_key]
+        self._tree = KDTree(self._centres) if len(table) else None
 
     def __len__(self) -> int:
-        return len(self._fields)
+        return len(self._place)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.table,)
 
     @property
     def fields(self) -> list[Field]:
         """All fields, sorted."""
-        return sorted(set(self._fields))
+        return [Field(*place) for place in np.unique(self._place, axis=0).tolist()]
 
     @classmethod
-    def from_base(cls, base: str | Path, progress: Progress | None = None) -> Self:
+    def from_base(cls, base: str | Path | Folder | Http, progress: Progress | None = None) -> Self:
         """Index the frames of an archive by reading the start of each file.
 
         Args:
-            base: folder, or http(s) URL with directory listings, that holds ``dr12/boss/photoObj/frames/301``.
+            base: folder, or http(s) URL with directory listings, that holds ``dr12/boss/photoObj/frames/301``; or an
+                archive that is open already.
             progress: called with (frames done, frames in all).
 
         Returns:
@@ -104,7 +125,8 @@ class FrameIndex:
                 if progress is not None:
                     progress(done + 1, len(names))
         finally:
-            archive.close()
+            if archive is not base:
+                archive.close()
         siblings = {(row["run"], row["camcol"], row["field"]): row for row in rows}
         for place, path, problem in failed:
             sibling = siblings.get((place["run"], place["camcol"], place["field"]))
@@ -147,10 +169,17 @@ class FrameIndex:
 
     def suffix(self, field: Field, band: str) -> str | None:
         """File suffix of a frame, None where the index does not have it."""
-        return self._suffix.get((field, band))
+        key = _keys(*field)
+        for row in self._by_key[np.searchsorted(self._keys, key) : np.searchsorted(self._keys, key, "right")]:
+            if band in self._bands[self._band[row]]:
+                return self._suffixes[self._suffix[row]]
+        return None
 
     def covering(self, ra_deg: float, dec_deg: float, width_arcsec: float) -> dict[str, list[Field]]:
         """Fields that a square on the sky overlaps, band by band.
+
+        In an index with scores, runs and camera columns are taken in order of their score in the square, best first,
+        until it is covered; the others are left out. Without scores all are taken.
 
         Args:
             ra_deg: right ascension of the square's centre, ICRS degrees.
@@ -161,14 +190,20 @@ class FrameIndex:
             For each band that has any, the fields whose frame overlaps the square, sorted.
         """
         half_deg = width_arcsec / 7200.0
-        reach = np.minimum(self._radius_deg + 1.5 * half_deg, 90.0)
-        near = np.flatnonzero(self._centres @ _unit_vectors(ra_deg, dec_deg) >= np.cos(np.radians(reach)))
+        if self._tree is None:
+            return {}
+        centre = unit_vectors(ra_deg, dec_deg)
+        near = self._tree.query_ball_point(centre, chord(np.minimum(self._radius_deg.max() + 1.5 * half_deg, 180.0)))
+        near = np.sort(np.asarray(near, int))
+        reach = np.minimum(self._radius_deg[near] + 1.5 * half_deg, 90.0)
+        near = near[self._centres[near] @ centre >= np.cos(np.radians(reach))]
         if not near.size:
             return {}
         crval, crpix, cd, naxis = _split_wcs(self._wcs[near])
+        margin = self._margin_px[near, None]
         signs = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float)
         # Two convex quadrilaterals are apart if and only if a side of one of them separates them.
-        corners = (naxis + 1.0)[:, None] / 2.0 + signs * (naxis / 2.0)[:, None]
+        corners = (naxis + 1.0)[:, None] / 2.0 + signs * (naxis / 2.0 + margin)[:, None]
         offset = np.einsum("kij,kcj->kci", cd, corners - crpix[:, None])
         sky = _deproject(offset[..., 0], offset[..., 1], crval[:, :1], crval[:, 1:])
         in_square = np.stack(_project(*sky, ra_deg, dec_deg), axis=-1)
@@ -176,11 +211,50 @@ class FrameIndex:
         offset = np.stack(_project(*sky, crval[:, :1], crval[:, 1:]), axis=-1)
         in_frame = np.einsum("kij,kcj->kci", np.linalg.inv(cd), offset) + crpix[:, None]
         overlap = (in_square.min(1) < half_deg) & (in_square.max(1) > -half_deg)
-        overlap &= (in_frame.min(1) < naxis + 0.5) & (in_frame.max(1) > 0.5)
+        overlap &= (in_frame.min(1) < naxis + 0.5 + margin) & (in_frame.max(1) > 0.5 - margin)
+        near = near[overlap.all(axis=1)]
+        if self._score is not None and near.size:
+            near = near[self._best(near, ra_deg, dec_deg, half_deg)]
         found: dict[str, list[Field]] = {}
-        for k in near[overlap.all(axis=1)]:
-            found.setdefault(self._bands[k], []).append(self._fields[k])
+        for row in near:
+            for band in self._bands[self._band[row]]:
+                run, camcol, number = self._place[row].tolist()
+                found.setdefault(band, []).append(Field(run, camcol, number))
         return {band: sorted(found[band]) for band in BANDS if band in found}
+
+    def _best(self, rows: np.ndarray, ra_deg: float, dec_deg: float, half_deg: float) -> np.ndarray:
+        """Which of the rows are needed to cover a square, best runs and columns first; bool (len(rows),)."""
+        assert self._score is not None
+        at = np.linspace(-half_deg, half_deg, _SAMPLES)
+        xi, eta = (grid.ravel() for grid in np.meshgrid(at, at))
+        points = unit_vectors(*_deproject(xi, eta, ra_deg, dec_deg))
+        crval, crpix, cd, naxis = _split_wcs(self._wcs[rows])
+        normal, east, north = _basis(crval[:, 0], crval[:, 1])
+        depth = points @ normal.T
+        plane = np.degrees(np.stack([points @ east.T, points @ north.T], axis=-1) / depth[..., None])
+        pixel = np.einsum("kij,pkj->pki", np.linalg.inv(cd), plane) + crpix
+        outside = np.abs(pixel - (naxis + 1.0) / 2.0) - naxis / 2.0
+        margin = self._margin_px[rows, None]
+        surely, perhaps = (outside <= -margin).all(axis=2), (outside <= margin).all(axis=2)
+        strips, strip = np.unique(self._place[rows, :2], axis=0, return_inverse=True)
+        strip = strip.reshape(-1)
+        members = [strip == number for number in range(len(strips))]
+        scores = self._score[rows]
+        order = sorted(
+            range(len(strips)),
+            key=lambda number: (-_mean_score(scores[members[number]], perhaps[:, members[number]]), number),
+        )
+        left = np.ones(len(points), bool)
+        chosen = np.zeros(len(rows), bool)
+        # What lies so close to a frame's edge that nobody knows is left to all who may have it.
+        for covered, certain in ((surely, True), (perhaps, False)):
+            for number in order:
+                mine = covered[:, members[number]].any(axis=1)
+                if (mine & left).any():
+                    chosen |= members[number]
+                    if certain:
+                        left &= ~mine
+        return chosen
 
 
 def _split_wcs(wcs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -188,7 +262,33 @@ def _split_wcs(wcs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
     return wcs[:, 0:2], wcs[:, 2:4], wcs[:, 4:8].reshape(-1, 2, 2), wcs[:, 8:10]
 
 
-def _unit_vectors(ra_deg: np.ndarray | float, dec_deg: np.ndarray | float) -> np.ndarray:
+def _keys(run, camcol, field) -> Any:
+    """One number per field, in the fields' own order."""
+    return (np.int64(run) << 28) | (np.int64(camcol) << 24) | np.int64(field)
+
+
+def chord(angle_deg):
+    """Distance between two points of the unit sphere that are an angle apart."""
+    return 2.0 * np.sin(np.radians(angle_deg) / 2.0)
+
+
+def _basis(ra_deg: np.ndarray, dec_deg: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Unit vectors (..., 3) towards positions, and there towards east and north."""
+    ra, dec = np.radians(ra_deg), np.radians(dec_deg)
+    east = np.stack([-np.sin(ra), np.cos(ra), np.zeros_like(ra)], axis=-1)
+    north = np.stack([-np.sin(dec) * np.cos(ra), -np.sin(dec) * np.sin(ra), np.cos(dec)], axis=-1)
+    return unit_vectors(ra_deg, dec_deg), east, north
+
+
+def _mean_score(scores: np.ndarray, covered: np.ndarray) -> float:
+    """Score of a strip in a square: the best of its fields at each point (p, k) that it covers, averaged."""
+    best = np.where(covered, scores, 0.0).max(axis=1)
+    some = covered.any(axis=1)
+    return float(best[some].mean()) if some.any() else 0.0
+
+
+def unit_vectors(ra_deg: np.ndarray | float, dec_deg: np.ndarray | float) -> np.ndarray:
+    """Unit vectors (..., 3) towards positions in degrees."""
     ra, dec = np.radians(ra_deg), np.radians(dec_deg)
     return np.stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)], axis=-1)
 
@@ -235,8 +335,8 @@ def random_positions(
             f"and {margin_arcsec}"
         )
     chosen: dict[Field, int] = {}
-    for k, field in enumerate(index._fields):
-        if field not in chosen or index._bands[k] == "r":
+    for k, place in enumerate(index._place.tolist()):
+        if (field := Field(*place)) not in chosen or "r" in index._bands[index._band[k]]:
             chosen[field] = k
     names, groups, ra_parts, dec_parts = [], [], [], []
     for field in index.fields:

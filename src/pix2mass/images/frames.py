@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
+from astropy.table import Table
 from astropy.wcs import WCS
-from astropy.wcs.utils import pixel_to_pixel
 
 from pix2mass.config import GridConfig
-from pix2mass.images.archive import BadFrame, Field, decompress, frame_path, open_archive
-from pix2mass.images.frame import SATURATION_COUNTS, Frame, Noise, parse_frame, read_table, tabulated_noise
+from pix2mass.images.archive import BadFrame, Field, Folder, Http, decompress, frame_path, open_archive
+from pix2mass.images.frame import Exposure, Noise, parse_frame, read_table, tabulated_noise
 from pix2mass.images.frame_index import FrameIndex
+from pix2mass.images.frame_queue import FrameKey, FrameQueue, WorkOrder
 from pix2mass.images.grid import (
     MIN_COVERAGE,
     ClusterRow,
+    Position,
     pixel_scale_arcsec,
     read_position,
-    resample,
+    regrid,
     source_window,
     target_wcs,
+    to_pixels,
 )
 from pix2mass.types import BANDS, Cutout, Flag, Pix2massError, empty_cutout
-
-_CACHED_FIELDS = 3
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -63,27 +65,43 @@ class _Piece:
     variance: np.ndarray
     coverage: np.ndarray
     footprint: np.ndarray
-    weight: np.ndarray
+    weight: float
     psf_fwhm_arcsec: float
     flags: Flag
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """Pixel scale of a cutout and, band by band, the fields that overlap it."""
+
+    scale_arcsec: float
+    covering: dict[str, list[Field]]
+
+    def frames(self) -> list[FrameKey]:
+        """Its frames, field by field."""
+        fields = sorted(set().union(*self.covering.values()))
+        return [(field, band) for field in fields for band, covering in self.covering.items() if field in covering]
 
 
 class FrameSource:
     """Cutouts from SDSS frames.
 
-    The bands are aligned through each frame's own WCS and regridded by area (see ``grid.resample``). Where fields of
+    The bands are aligned through each frame's own WCS and regridded by area (see ``grid.regrid``). Where fields of
     one run and camera column overlap, the one that covers a pixel best is taken: their 128 common rows are the same
     exposure. Different runs and columns are independent and are averaged with weights coverage / typical variance of
     the frame, one number per frame, so that bright sources are not weighted down. Backgrounds and PSFs are not matched.
 
-    Not safe to share between threads: give each thread or process its own.
+    A cutout is the same to the last byte whatever was made before it. Not safe to share between threads: give each
+    thread or process its own; a copy sent to another process keeps the order of ``groups``.
     """
 
-    def __init__(self, base: str | Path, grid: GridConfig, index: FrameIndex | str | Path | None = None) -> None:
+    def __init__(
+        self, base: str | Path | Folder | Http, grid: GridConfig, index: FrameIndex | str | Path | None = None
+    ) -> None:
         """Open an archive.
 
         Args:
-            base: folder, or http(s) URL, that holds ``dr12``.
+            base: folder, or http(s) URL, that holds ``dr12``; or an archive that is open already.
             grid: the pixel grid and the bands.
             index: which frames exist, or a file of ``FrameIndex.to_file``; by default ``base`` is searched.
 
@@ -92,14 +110,14 @@ class FrameSource:
         """
         self.grid = grid
         self._archive = open_archive(base)
-        self._base = str(base).rstrip("/")
         if index is None:
-            index = FrameIndex.from_base(base)
+            index = FrameIndex.from_base(self._archive)
         self.index = index if isinstance(index, FrameIndex) else FrameIndex.from_file(index)
-        self._frames: _Cache[tuple[Field, str], Frame | BadFrame] = _Cache(_CACHED_FIELDS * len(grid.bands))
         self._noise: _Cache[Field, Noise] = _Cache(64)
         self._photo_fields: _Cache[tuple[int, int], dict[str, np.ndarray]] = _Cache(16)
-        self._pool = ThreadPoolExecutor(min(len(grid.bands), os.cpu_count() or 1))
+        threads = min(len(grid.bands), os.cpu_count() or 1)
+        self._queue = FrameQueue(self._read_frame, self._expose, self._drop, threads)
+        self._seconds = {"unpack": 0.0, "regrid": 0.0}
 
     def __enter__(self) -> Self:
         return self
@@ -107,11 +125,48 @@ class FrameSource:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"archive": self._archive, "grid": self.grid, "index": self.index, "order": self._queue.order}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["archive"], state["grid"], state["index"])
+        self._queue.order, self._queue.in_group = state["order"], True
+
     def close(self) -> None:
         """Drop the frames in memory and close connections."""
-        self._pool.shutdown()
+        self._queue.close()
         self._archive.close()
-        self._frames = _Cache(0)
+
+    def statistics(self) -> dict[str, Any]:
+        """What was read so far and how long it took, for a build's summary; seconds are summed over threads."""
+        counts = self._archive.counts.statistics()
+        return {**counts, "seconds": {**counts["seconds"], **self._seconds}}
+
+    def groups(self, catalog: Table) -> list[list[int]]:
+        """The best order of work: groups of cutouts that share frames, neighbours along a run next to each other.
+
+        Cutouts asked for in this order, all of it or any of its groups, find their frames unpacked ahead; a frame is
+        unpacked once and goes from memory, and from a cache that does not keep it, after its last use.
+
+        Args:
+            catalog: columns ``ra_deg``, ``dec_deg`` and, where the grid's width is in kpc, ``z``.
+
+        Returns:
+            Row numbers, each once. Rows without frames come last.
+        """
+        places, needs = [], []
+        for row in catalog:
+            try:
+                position = read_position(row)
+                needed = self._needs(position)
+            except Pix2massError:  # said when its cutout is asked for
+                places.append(None)
+                needs.append([])
+            else:
+                places.append((position.ra_deg, position.dec_deg, needed.scale_arcsec))
+                needs.append(needed.frames())
+        self._queue.order = WorkOrder(places, needs)
+        return self._queue.order.groups
 
     def cutout(self, cluster: ClusterRow) -> Cutout:
         """The cutout of one cluster.
@@ -129,33 +184,42 @@ class FrameSource:
         """
         position = read_position(cluster)
         try:
-            scale = pixel_scale_arcsec(self.grid, position.z)
+            needs = self._needs(position)
         except Pix2massError as error:
             raise Pix2massError(f"cluster {position.name}: {error}") from None
-        n_pixels, bands = self.grid.n_pixels, self.grid.bands
+        scale, n_pixels, bands = needs.scale_arcsec, self.grid.n_pixels, self.grid.bands
         wcs = target_wcs(position.ra_deg, position.dec_deg, scale, n_pixels)
-        covering = self.index.covering(position.ra_deg, position.dec_deg, scale * n_pixels)
-        covering = {band: covering.get(band, []) for band in bands}
-
         flags = Flag(0)
         pieces: dict[str, dict[tuple[int, int], list[_Piece]]] = {band: {} for band in bands}
-        lacking = set()
-        for field in sorted(set().union(*covering.values())):
-            lacking |= {band for band in bands if self.index.suffix(field, band) is None}
-            for band, frame in self._load(field, [band for band in bands if field in covering[band]]).items():
-                if isinstance(frame, BadFrame):
-                    lacking.add(band)
-                    flags |= Flag.UNREADABLE
-                    continue
-                piece = _regrid(frame, self._field_noise(field), BANDS.index(band), wcs, n_pixels)
-                if piece is not None:
-                    pieces[band].setdefault((field.run, field.camcol), []).append(piece)
-                    flags |= piece.flags
+        frames = needs.frames()
+        fields = {field for field, _ in frames}
+        absent = [(field, band) for field in fields for band in bands if field not in needs.covering[band]]
+        lacking = {key[1] for key in absent if self.index.suffix(*key) is None}
+        self._queue.begin((position.ra_deg, position.dec_deg, scale), frames)
+        for field, band in frames:
+            exposure = self._queue.take((field, band))
+            if isinstance(exposure, BadFrame):
+                lacking.add(band)
+                flags |= Flag.UNREADABLE
+                continue
+            start = time.perf_counter()
+            piece = _regrid(exposure, self._field_noise(field), BANDS.index(band), wcs, n_pixels)
+            if piece is not None:
+                pieces[band].setdefault((field.run, field.camcol), []).append(piece)
+                flags |= piece.flags
+            self._seconds["regrid"] += time.perf_counter() - start
+        self._queue.end()
 
-        combined = {band: _combine(list(strips.values()), n_pixels) for band, strips in pieces.items()}
-        usable = np.stack([combined[band].coverage >= MIN_COVERAGE for band in bands])
-        inside = np.stack([combined[band].footprint >= MIN_COVERAGE for band in bands])
-        if not usable.any():
+        cutout = empty_cutout(bands, n_pixels, position.ra_deg, position.dec_deg, scale, Flag(0))
+        inside = np.zeros(cutout.mask.shape, np.bool_)
+        for k, band in enumerate(bands):
+            piece = _combine(list(pieces[band].values()), n_pixels)
+            np.less(piece.coverage, MIN_COVERAGE, out=cutout.mask[k])
+            np.greater_equal(piece.footprint, MIN_COVERAGE, out=inside[k])
+            np.copyto(cutout.flux[k], piece.flux, casting="same_kind", where=~cutout.mask[k])
+            np.sqrt(piece.variance, out=cutout.sigma[k], casting="same_kind", where=~cutout.mask[k])
+            cutout.psf_fwhm_arcsec[k] = piece.psf_fwhm_arcsec
+        if cutout.mask.all():
             flags = (flags & (Flag.UNREADABLE | Flag.BAD_PIXELS)) | Flag.OUTSIDE
             return empty_cutout(bands, n_pixels, position.ra_deg, position.dec_deg, scale, flags)
         somewhere = inside.any(axis=0)
@@ -166,45 +230,45 @@ class FrameSource:
                 flags |= Flag.PARTLY_OUTSIDE
         if not somewhere.all():
             flags |= Flag.PARTLY_OUTSIDE
-        flux = np.stack([combined[band].flux for band in bands])
-        sigma = np.sqrt(np.stack([combined[band].variance for band in bands]))
-        return Cutout(
-            flux=np.where(usable, flux, 0.0).astype(np.float32),
-            sigma=np.where(usable, sigma, 0.0).astype(np.float32),
-            mask=~usable,
-            bands=bands,
-            ra_deg=position.ra_deg,
-            dec_deg=position.dec_deg,
-            pixel_scale_arcsec=scale,
-            psf_fwhm_arcsec=np.array([combined[band].psf_fwhm_arcsec for band in bands], np.float32),
-            flags=flags,
-        )
+        return replace(cutout, flags=flags)
 
-    def _load(self, field: Field, bands: list[str]) -> dict[str, Frame | BadFrame]:
-        """Frames of a field, or why they cannot be used; unpacked side by side, since bzip2 is what takes the time."""
-        new = [band for band in bands if (field, band) not in self._frames]
-        loaded = {band: self._frames[field, band] for band in bands if band not in new}
-        paths = [frame_path(field, band, self.index.suffix(field, band) or "") for band in new]
-        for band, path, content in zip(new, paths, self._pool.map(self._read_frame, paths), strict=True):
-            try:
-                if isinstance(content, BadFrame):
-                    raise content
-                frame = parse_frame(content, field, band)
-            except BadFrame as problem:
-                frame = problem
-                warnings.warn(f"{self._base}/{path}: {problem}; band {band} is missing", stacklevel=3)
-            loaded[band] = self._frames[field, band] = frame
-        return {band: loaded[band] for band in bands}
+    def _needs(self, position: Position) -> _Needs:
+        scale = pixel_scale_arcsec(self.grid, position.z)
+        covering = self.index.covering(position.ra_deg, position.dec_deg, scale * self.grid.n_pixels)
+        return _Needs(scale, {band: covering.get(band, []) for band in self.grid.bands})
 
-    def _read_frame(self, path: str) -> bytes | BadFrame:
+    def _path(self, key: FrameKey) -> str:
+        return frame_path(*key, self.index.suffix(*key) or "")
+
+    def _read_frame(self, key: FrameKey) -> bytes | BadFrame:
         """Content of a frame, unpacked. Runs in threads, where no warning may be raised or caught."""
+        path = self._path(key)
         try:
             data = self._archive.read(path)
             if data is None:
                 raise BadFrame("no such file, though the frame index lists it")
-            return decompress(data) if path.endswith(".bz2") else data
+            start = time.perf_counter()
+            content = decompress(data) if path.endswith(".bz2") else data
+            self._seconds["unpack"] += time.perf_counter() - start
+            return content
         except BadFrame as problem:
             return problem
+
+    def _expose(self, key: FrameKey, content: bytes | BadFrame) -> Exposure | BadFrame:
+        """The frame with its noise, or why it cannot be used."""
+        field, band = key
+        try:
+            if isinstance(content, BadFrame):
+                raise content
+            frame = parse_frame(content, field, band)
+        except BadFrame as problem:
+            warnings.warn(f"{self._archive}/{self._path(key)}: {problem}; band {band} is missing", stacklevel=4)
+            return problem
+        noise, k = self._field_noise(field), BANDS.index(band)
+        return frame.exposure(noise.gain[k], noise.dark_variance[k])
+
+    def _drop(self, key: FrameKey) -> None:
+        self._archive.drop(self._path(key))
 
     def _field_noise(self, field: Field) -> Noise:
         """Gain, dark variance and PSF of a field: from photoField and psField where there, else from the data model."""
@@ -242,60 +306,50 @@ class FrameSource:
             data = self._archive.read(path)
             return {} if data is None else read_table(data, hdu, columns)
         except BadFrame as problem:
-            warnings.warn(f"{self._base}/{path}: {problem}; going on without it", stacklevel=4)
+            warnings.warn(f"{self._archive}/{path}: {problem}; going on without it", stacklevel=4)
             return {}
 
 
-def _regrid(frame: Frame, noise: Noise, band_index: int, wcs: WCS, n_pixels: int) -> _Piece | None:
+def _regrid(exposure: Exposure, noise: Noise, band_index: int, wcs: WCS, n_pixels: int) -> _Piece | None:
     """One frame on the target grid, None where it does not reach it."""
-    window = source_window(frame.wcs, wcs, n_pixels, frame.flux.shape)
+    window = source_window(exposure.wcs, wcs, n_pixels, exposure.pixels.shape[:2])
     if window is None:
         return None
-    rows, cols = window
-    flux = frame.flux[rows, cols]
-    with np.errstate(all="ignore"):
-        counts = frame.counts(rows, cols)
-        variance = frame.variance(rows, cols, counts, noise, band_index)
-        bad = ~(np.isfinite(flux) & np.isfinite(variance) & (variance > 0.0))
-        hot = counts >= SATURATION_COUNTS
-    typical = np.inf if bad.all() else float(np.median(variance[~bad][::16]))
-    window_wcs = frame.wcs[rows, cols]
-    out_flux, out_variance, coverage = resample(flux, variance, bad, window_wcs, wcs, n_pixels)
-    footprint = coverage
-    flags = Flag.SIGMA_APPROXIMATE if noise.approximate else Flag(0)
-    if bad.any():
-        nothing = np.zeros_like(flux)
-        footprint = resample(nothing, nothing, None, window_wcs, wcs, n_pixels)[2]
-        if (coverage < footprint - 1e-6).any():
-            flags |= Flag.BAD_PIXELS
-    if not (footprint > 0.0).any():
+    image = regrid(exposure.pixels, exposure.wcs, wcs, n_pixels)
+    if not image.footprint.any():
         return None
-    if _any_inside(hot, window_wcs, wcs, n_pixels):
+    flags = Flag.SIGMA_APPROXIMATE if noise.approximate else Flag(0)
+    if (image.coverage < image.footprint - 1e-6).any():
+        flags |= Flag.BAD_PIXELS
+    if _any_inside(exposure.hot, window, exposure.wcs, wcs, n_pixels):
         flags |= Flag.SATURATED
-    weight = np.full(coverage.shape, 1.0 / typical)
-    return _Piece(out_flux, out_variance, coverage, footprint, weight, float(noise.psf_fwhm_arcsec[band_index]), flags)
+    return _Piece(*image, 1.0 / exposure.typical_variance, float(noise.psf_fwhm_arcsec[band_index]), flags)
 
 
-def _any_inside(pixels: np.ndarray, source: WCS, target: WCS, n_pixels: int) -> bool:
-    rows, cols = np.nonzero(pixels)
-    if not rows.size:
+def _any_inside(pixels: np.ndarray, window: Sequence[slice], source: WCS, target: WCS, n_pixels: int) -> bool:
+    """Whether any of some source pixels (2, n), columns and rows, has its centre inside the target grid."""
+    cols, rows = pixels
+    near = (rows >= window[0].start) & (rows < window[0].stop) & (cols >= window[1].start) & (cols < window[1].stop)
+    if not near.any():
         return False
-    x, y = pixel_to_pixel(source, target, cols, rows)
+    x, y = to_pixels(source, target, cols[near], rows[near])
     edge = n_pixels - 0.5
     return bool(((x > -0.5) & (x < edge) & (y > -0.5) & (y < edge)).any())
 
 
 def _combine(strips: list[list[_Piece]], n_pixels: int) -> _Piece:
     """Merge pieces: the best covering one within a run and column, the weighted mean between them."""
+    if len(strips) == 1 and len(strips[0]) == 1:
+        return strips[0][0]
     flux, variance, weight_sum, coverage, footprint = np.zeros((5, n_pixels, n_pixels))
     psf_sum = psf_weight = 0.0
     for strip in strips:
         best = np.argmax([piece.coverage for piece in strip], axis=0)[None]
         chosen = {
             name: np.take_along_axis(np.stack([getattr(piece, name) for piece in strip]), best, 0)[0]
-            for name in ("flux", "variance", "coverage", "weight")
+            for name in ("flux", "variance", "coverage")
         }
-        weight = chosen["coverage"] * chosen["weight"]
+        weight = chosen["coverage"] * np.array([piece.weight for piece in strip])[best[0]]
         flux += weight * chosen["flux"]
         variance += weight**2 * chosen["variance"]
         weight_sum += weight
@@ -306,13 +360,12 @@ def _combine(strips: list[list[_Piece]], n_pixels: int) -> _Piece:
                 share = float(weight[best[0] == k].sum())
                 psf_sum, psf_weight = psf_sum + share * piece.psf_fwhm_arcsec, psf_weight + share
     scale = np.divide(1.0, weight_sum, out=np.zeros_like(weight_sum), where=weight_sum > 0.0)
-    psf = psf_sum / psf_weight if psf_weight > 0.0 else np.nan
     return _Piece(
         flux * scale,
         variance * scale**2,
         np.minimum(coverage, 1.0),
         np.minimum(footprint, 1.0),
-        weight_sum,
-        psf,
+        1.0,
+        psf_sum / psf_weight if psf_weight > 0.0 else np.nan,
         Flag(0),
     )

@@ -6,3 +6,5 @@ from pix2mass.report.run_page import ClusterMap as ClusterMap
 from pix2mass.report.run_page import confusion_figure as confusion_figure
 from pix2mass.report.run_page import overview_figure as overview_figure
 from pix2mass.report.run_page import write_report as write_report
+from pix2mass.report.store_page import Tile as Tile
+from pix2mass.report.store_page import write_contact_sheet as write_contact_sheet

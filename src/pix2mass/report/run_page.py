@@ -15,7 +15,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from astropy.table import Table
-from astropy.visualization import make_lupton_rgb
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
@@ -29,6 +28,7 @@ from pix2mass.report.drawing import (
     ORANGE,
     STYLE,
     VERMILION,
+    composite,
     data_uri,
     format_number,
     new_figure,
@@ -64,8 +64,6 @@ _BINS = {
     "reference_mass": "Reference mass, log₁₀ M500c / M☉ (coverage need not hold in these bins)",
     "predicted_mass": "Predicted mass, log₁₀ M500c / M☉",
 }
-_RGB_WEIGHT = {"u": 3.0, "g": 1.5, "r": 1.0, "i": 0.7, "z": 0.55}
-"""Weights with which an early-type galaxy at z about 0.2 comes out yellow in a colour composite."""
 
 _MAP_NUMBERS = ("pixel_scale_arcsec", "z", "ra_deg", "dec_deg", "log10_m500c", "log10_m500c_err")
 _MAP_IMAGES = ("flux", "integrated_gradients", "cam", "joint")
@@ -263,25 +261,6 @@ def _draw_methods(ax: Axes, methods: dict[str, dict[str, float]]) -> None:
 # ---- figures of clusters -------------------------------------------------------------------------------------------
 
 
-def _composite(one: ClusterMap) -> tuple[np.ndarray, str]:
-    """A picture (h, w, 3) uint8 of a cluster, masked pixels in grey, and what it shows."""
-    flux = np.where(one.mask, 0.0, np.nan_to_num(one.flux))
-    chosen = "irg" if set("irg") <= set(one.bands) else one.bands[::-1][:3]
-    if len(chosen) < 3:
-        chosen = one.bands[-1]
-    channels = [flux[one.bands.index(band)] * _RGB_WEIGHT.get(band, 1.0) for band in chosen]
-    usable = ~one.mask[[one.bands.index(band) for band in chosen]].any(axis=0)
-    middle = channels[len(channels) // 2][usable]
-    noise = 1.4826 * float(np.median(np.abs(middle - np.median(middle)))) if middle.size else 1.0
-    channels = channels * 3 if len(channels) == 1 else channels
-    stretch = 8 * noise or 1.0
-    with np.errstate(invalid="ignore"):  # astropy divides 0 by 0 where the sky is black
-        rgb = np.array(make_lupton_rgb(*channels, minimum=0, stretch=stretch, Q=8))  # type: ignore[arg-type]
-    rgb[~usable] = 128
-    what = f"colour composite of {', '.join(chosen)}" if len(chosen) == 3 else f"{chosen} band in grey"
-    return rgb, what
-
-
 def _show(ax: Axes, one: ClusterMap, image: np.ndarray, **options: Any) -> Any:
     """An image of a cluster in arcsec about its centre, north up and east left, with scale bar and R500c."""
     a, b = one.half_width_arcsec, one.half_height_arcsec
@@ -314,7 +293,7 @@ def _round_length(longest: float) -> float:
 
 
 def _draw_composite(ax: Axes, one: ClusterMap) -> None:
-    _show(ax, one, _composite(one)[0])
+    _show(ax, one, composite(one.flux, one.mask, one.bands)[0])
 
 
 def _draw_signed(ax: Axes, one: ClusterMap, values: np.ndarray, unit: str, contours: bool = False) -> None:
@@ -344,7 +323,7 @@ def _draw_signed(ax: Axes, one: ClusterMap, values: np.ndarray, unit: str, conto
 
 def _cluster_panels(one: ClusterMap) -> list[dict[str, str]]:
     panels: list[tuple[str, str, Callable[[Axes], None]]] = [
-        ("Image", _composite(one)[1], lambda ax: _draw_composite(ax, one)),
+        ("Image", composite(one.flux, one.mask, one.bands)[1], lambda ax: _draw_composite(ax, one)),
         (
             "Integrated gradients",
             "sum over bands of the change in log10 mass that each pixel's light makes",

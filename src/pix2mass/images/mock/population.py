@@ -2,8 +2,8 @@
 
 Every random number belongs to a named stream that depends on the seed and the cluster's id alone, so the same cluster
 has the same sky whatever was drawn before it. Sources of the field are drawn outwards from the centre: a wider box
-holds all the sources of a narrower one. Magnitudes are SDSS magnitudes free of Galactic extinction.
-``docs/mock_sky.md`` gives the physics and its sources.
+holds all the sources of a narrower one. Magnitudes are SDSS magnitudes free of Galactic extinction. The choices of
+physics are fields of ``PhysicsConfig``; here stand tables and definitions. ``docs/mock_sky.md`` tells all of it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,18 @@ from typing import Any
 
 import numpy as np
 from astropy.table import QTable
+from numpy.typing import ArrayLike
 
-from pix2mass.config import MockConfig
+from pix2mass.config import MockConfig, PerColour, PhysicsConfig
 from pix2mass.cosmology import H0_KM_S_MPC, MASS_DEFINITION, OMEGA_M, kpc_per_arcsec, m_star_i_mag, r500c_kpc
-from pix2mass.images.mock.templates import RED_COLOUR_SCATTER_MAG, RED_COLOUR_SLOPE, colours_to_offsets, templates
-from pix2mass.types import Pix2massError
+from pix2mass.images.mock.templates import Templates, colours_to_offsets, templates
+from pix2mass.types import EXTINCTION_PER_EBV, SDSS_PIXEL_SCALE_ARCSEC, Pix2massError
 
 ROW = Any
 """A cluster: anything with ``row[name]`` for id, z and, unless the sky is blank, log10_m500c_true (or log10_m500c)."""
 
-RICHNESS_PIVOT = 40.0
-RICHNESS_PIVOT_LOG10_M500C = 14.24
-RICHNESS_SLOPE = 1.0
-"""Median lambda = 40 (M500c / 10^14.24 Msun)^1. Amplitude: Simet et al. 2017, MNRAS 466, 3103 (M200m = 10^14.37
-Msun/h at lambda 40, here M500c = 0.53 M200m), and the MCXC masses of redMaPPer clusters. Slope between the 0.75 of
-Simet et al. and the 1.14 of Saro et al. 2015, MNRAS 454, 2305."""
+PIVOT_LOG10_M500C = 14.24
+"""Mass to which richness and brightest galaxies refer: that of lambda 40 in Simet et al. 2017, MNRAS 466, 3103."""
 
 LUMINOUS_MAG = 1.75
 """L > 0.2 L* is i < m* + 1.75: Rykoff et al. 2012, ApJ 746, 178."""
@@ -37,54 +34,24 @@ LUMINOUS_MAG = 1.75
 R200C_PER_R500C = 1.53
 """Of an NFW halo with c200 = 4.5, typical of 10^14.5 Msun: Diemer & Joyce 2019, ApJ 871, 168."""
 
-GALAXY_CONCENTRATION = 5.0
-"""c200 of red cluster galaxies: between 3-4 of all galaxies (Lin et al. 2004, ApJ 610, 745) and about 6 of red ones,
-the 0.15 Mpc/h scale radius used by Rykoff et al. 2012."""
-
-MEMBER_RADIUS_R200C = 2.0
-"""Members are drawn to this projected radius; beyond it the field takes over."""
-
-RED_FRACTION_CENTRE, RED_FRACTION_OUTSKIRTS = 0.88, 0.45
-"""Red fraction of luminous members at the centre and at R200c and beyond, linear between: Hansen et al. 2009, ApJ
-699, 1333."""
-
-BCG_PIVOT_MAG, BCG_SLOPE_MAG, BCG_SCATTER_MAG = -1.5, -0.82, 0.35
-"""i - m* of the brightest galaxy at 10^14.24 Msun, its change per dex of mass, and its scatter: measured on the
-redMaPPer DR8 central galaxies, for which lambda 10-20, 20-30, 30-50, 50-100 give -1.19, -1.32, -1.54, -1.74 with
-scatter 0.4."""
-
-BCG_SIZE_FACTOR = 1.5
-"""Brightest galaxies are larger than others of their luminosity: Bernardi et al. 2007, AJ 133, 1741."""
-
-DIFFUSE_LIGHT_R50_KPC = 100.0
-"""Half-light radius of the diffuse light, order of magnitude of Zhang et al. 2019, ApJ 874, 165."""
-
 GROUP_LOG10_M500C = (13.3, 15.2)
 GROUP_Z = (0.03, 0.70)
 """Range of the haloes drawn along the line of sight."""
 
-LF_RED = (-20.34, -0.57, 1.11e-2, 0.8)
-LF_BLUE = (-20.45, -1.49, 0.38e-2, 1.4)
-"""Schechter M* - 5 log h in r at z = 0.1, alpha, phi* / (h^3 Mpc^-3) of red and blue galaxies: Loveday et al. 2012,
-MNRAS 420, 1239; last, brightening in magnitudes per unit redshift, near their Q and that of Blanton et al.
-2003."""
+GROUP_REACH_ARCSEC = 300.0
+"""Groups whose centres lie this far outside the box still give it galaxies."""
 
-FIELD_SCALE_RED, FIELD_SCALE_BLUE = 0.76, 0.95
-"""Factors on phi* so that field and groups together match the counts and colours of i < 21 galaxies in the DR8
-field."""
+LIGHT_KM_S = 299792.458
 
-YOUNG_SHARE_BETA = (2.0, 1.5)
-"""Beta distribution of the share of young light of blue galaxies, matched to the colours in the DR8 field."""
-
-BLUE_COLOUR_SCATTER_MAG = np.array([0.08, 0.04, 0.03, 0.03])
-REDDENING_SCATTER_MAG = 0.08
 REDDENING_COLOURS = np.array([0.94, 1.02, 0.59, 0.43])
-"""Blue galaxies also scatter by internal dust: |E(B-V)| times these, the colours of the Galactic extinction curve."""
+"""u-g, g-r, r-i, i-z per E(B-V) of dust inside blue galaxies: the colours of the Galactic extinction curve."""
 
-STAR_COUNT_R145, STAR_COUNT_SLOPE, STAR_COUNT_SCATTER_LN = 130.0, 0.17, 0.35
-STAR_BRIGHTEST_R_MAG = 13.0
-"""Stars per deg2 and magnitude at r = 14.5 and their log10 slope, from photoObj 94-1-0012 (b = -46 deg); the scatter
-stands for other Galactic latitudes. Brighter stars saturate SDSS."""
+DEEPEST_R_MAG, BACKGROUND_R_MAG = 23.0, 22.0
+"""To the first magnitude galaxies, members and stars can be drawn; beyond it the background of pictures holds all, and
+from the second on what the growth of numbers with redshift adds."""
+
+STAR_BRIGHTEST_R_MAG, STAR_BREAK_R_MAG = 9.0, 14.0
+"""Brighter stars saturate SDSS and are left out."""
 
 STAR_LOCUS = np.array(
     # g-i, u-g, g-r, r-i, i-z
@@ -103,37 +70,18 @@ STAR_LOCUS = np.array(
 """Medians of 108 stars with r < 20.5 in photoObj 94-1-0012 in bins of g-r, extended at both ends along the locus of
 Covey et al. 2007, AJ 134, 2398."""
 
-STAR_G_I_QUANTILES = (0.3, 0.48, 0.62, 0.72, 1.0, 1.45, 1.8, 2.1, 2.35, 2.6, 3.2)
-"""Deciles of g-i of the same stars."""
-
-PHOTOMETRY_MAG = np.arange(15.5, 25.0)
-PHOTOMETRY_SIGMA_NMGY = np.array(
+STAR_G_I_R_MAG = (16.5, 19.5)
+STAR_G_I_QUANTILES = np.array(
     [
-        [5.0, 3.8, 3.0, 1.795, 1.178, 0.889, 0.721, 0.612, 0.529, 0.45],
-        [2.095, 1.182, 0.692, 0.477, 0.356, 0.278, 0.235, 0.205, 0.186, 0.17],
-        [2.368, 1.258, 0.810, 0.571, 0.442, 0.368, 0.304, 0.27, 0.25, 0.23],
-        [2.590, 1.444, 0.991, 0.736, 0.600, 0.488, 0.411, 0.37, 0.34, 0.32],
-        [6.012, 3.888, 3.013, 2.407, 1.987, 1.697, 1.583, 1.4, 1.3, 1.2],
+        [0.35, 0.47, 0.53, 0.56, 0.64, 0.80, 1.00, 1.15, 1.40, 1.75, 2.40],
+        [0.25, 0.60, 1.55, 1.85, 2.00, 2.18, 2.33, 2.47, 2.60, 2.70, 3.10],
     ]
 )
-"""Standard deviation (nanomaggies) of model fluxes against magnitude, per band: medians in the DR8 field (mean E(B-V)
-0.09), continued smoothly where it has no galaxies. Fluxes of large, bright galaxies are noisier."""
+"""Deciles of g-i of stars of these r magnitudes and brighter or fainter, linear between: 122 stars of photoObj
+94-1-0012 at r 12-17.5 and 19-20.5."""
 
-PHOTOMETRY_SIGMA_SCATTER_LN = 0.25
-"""Scatter of those errors from galaxy to galaxy, common to the bands."""
-
-BLEND_ARCSEC = 2.1
-"""Sources closer than this are one source in the catalogue. Pairs of galaxies with i < 20.5 in the DR8 field are 0.0,
-0.2, 0.3, 0.55 of those of random positions at 0-1, 1-1.5, 1.5-2, 2-2.5 arcsec, and about 1.0 beyond; as many are
-missing as with a sharp limit at 2.1."""
-
-COMPLETENESS_I_MAG, COMPLETENESS_WIDTH_MAG = 20.83, 0.19
-"""Observed i at which half of the galaxies are listed, and the width (standard deviation) of the fall: counts of the
-DR8 field over those of the mock sky are 0.98, 0.86, 0.40 at i 20.25-20.5-20.75-21."""
-
-STARS_LISTED_R_MAG, STARS_LISTED_SHARE = 20.0, 0.05
-"""Stars fainter than this are taken for galaxies in this share of cases, of the order of what is stated for SDSS: right
-for 95% at r = 21 (Stoughton et al. 2002, AJ 123, 485)."""
+STARS_LISTED_R_MAG = 20.0
+"""Stars brighter than this are not taken for galaxies."""
 
 LUPTITUDE_SOFTENING = np.array([1.4e-10, 0.9e-10, 1.2e-10, 1.8e-10, 7.4e-10])
 """b of asinh magnitudes, in maggies: Lupton, Gunn & Szalay 1999, AJ 118, 1406; SDSS DR12 magnitudes page."""
@@ -203,10 +151,10 @@ def true_log10_m500c(cluster: ROW) -> float:
     return float(mass) if np.isfinite(mass) else -np.inf
 
 
-def mean_richness(log10_m500c: np.ndarray | float) -> np.ndarray:
+def mean_richness(log10_m500c: np.ndarray | float, physics: PhysicsConfig) -> np.ndarray:
     """Median richness lambda of clusters of a mass, before lognormal and Poisson scatter."""
-    offset = np.asarray(log10_m500c, float) - RICHNESS_PIVOT_LOG10_M500C
-    return RICHNESS_PIVOT * 10.0 ** (RICHNESS_SLOPE * offset)
+    offset = np.asarray(log10_m500c, float) - PIVOT_LOG10_M500C
+    return physics.richness_at_pivot * 10.0 ** (physics.richness_slope * offset)
 
 
 def richness_radius_kpc(richness: np.ndarray | float) -> np.ndarray:
@@ -216,18 +164,19 @@ def richness_radius_kpc(richness: np.ndarray | float) -> np.ndarray:
 
 
 def draw_clusters(config: MockConfig, n: int, seed: int, prefix: str) -> QTable:
-    """Draw clusters flat in redshift and log mass, with noisy labels and a realised richness.
+    """Draw clusters with noisy labels, a realised richness and a true centre.
 
     Args:
-        config: ranges and scatters.
+        config: ranges, prior and scatters.
         n: number of clusters; the first clusters do not depend on it.
         seed: seed of the catalogue.
         prefix: ids are ``prefix`` and a number.
 
     Returns:
         A row per cluster: id, ra_deg, dec_deg (uniform over 5,000 deg2), z, log10_m500c (true mass plus label scatter),
-        log10_m500c_err, label_source, log10_m500c_true, and richness_true: how many red members with L > 0.2 L* the
-        cluster has within R_c, the lognormal and Poisson scatter included.
+        log10_m500c_err, label_source, log10_m500c_true, richness_true: how many red members with L > 0.2 L* the
+        cluster has within R_c, the lognormal and Poisson scatter included; miscentring_kpc, ra_deg_true and
+        dec_deg_true: where its members are centred.
 
     Raises:
         Pix2massError: if ``n`` is negative.
@@ -238,16 +187,25 @@ def draw_clusters(config: MockConfig, n: int, seed: int, prefix: str) -> QTable:
     def rng(purpose: str) -> np.random.Generator:
         return stream(seed, prefix, purpose)
 
-    z = rng("z").uniform(config.z_min, config.z_max, n)
-    true = rng("mass").uniform(config.log10_m500c_min, config.log10_m500c_max, n)
+    physics = config.physics
+    if config.mass_prior == "flat":
+        z = rng("z").uniform(config.z_min, config.z_max, n)
+        true = rng("mass").uniform(config.log10_m500c_min, config.log10_m500c_max, n)
+    else:
+        z, true = _haloes(rng, config, n)
     label = true + config.label_scatter_dex * rng("label").normal(size=n)
-    expected = mean_richness(true) * np.exp(config.richness_scatter_ln * rng("richness").normal(size=n))
+    expected = mean_richness(true, physics) * np.exp(physics.richness_scatter_ln * rng("richness").normal(size=n))
     sin_dec = rng("dec").uniform(0.0, np.sin(np.radians(60.0)), n)
+    ra, dec = rng("ra").uniform(110.0, 220.0, n), np.degrees(np.arcsin(sin_dec))
+    ids = [f"{prefix}{i:06d}" for i in range(n)]
+    west, north = np.array([_draw_offset_kpc(ids[i], config, seed) for i in range(n)]).reshape(n, 2).T
+    arcsec = 1.0 / kpc_per_arcsec(z) if n else np.zeros(0)
+    ra_true, dec_true = offset_position(ra, dec, west * arcsec, north * arcsec)
     table = QTable(
         {
-            "id": np.array([f"{prefix}{i:06d}" for i in range(n)], dtype=f"U{len(prefix) + 6}"),
-            "ra_deg": rng("ra").uniform(110.0, 220.0, n),
-            "dec_deg": np.degrees(np.arcsin(sin_dec)),
+            "id": np.array(ids, dtype=f"U{len(prefix) + 6}"),
+            "ra_deg": ra,
+            "dec_deg": dec,
             "z": z,
             "log10_m500c": label,
             "log10_m500c_err": np.full(n, config.label_scatter_dex),
@@ -255,6 +213,9 @@ def draw_clusters(config: MockConfig, n: int, seed: int, prefix: str) -> QTable:
             "log10_m500c_true": true,
             # Inverse transform keeps one uniform number per cluster, so that early rows do not depend on n.
             "richness_true": _poisson_quantile(rng("members").random(n), expected),
+            "miscentring_kpc": np.hypot(west, north),
+            "ra_deg_true": ra_true,
+            "dec_deg_true": dec_true,
         }
     )
     table.meta = {
@@ -266,6 +227,34 @@ def draw_clusters(config: MockConfig, n: int, seed: int, prefix: str) -> QTable:
     return table
 
 
+def _draw_offset_kpc(cluster_id: str, config: MockConfig, seed: int) -> tuple[float, float]:
+    """Offset of a cluster's galaxies from its catalogued position, towards west and north."""
+    rng = stream(seed, cluster_id, "member centring")
+    off, azimuth, distance = rng.random(), rng.uniform(0, 2 * np.pi), rng.rayleigh()
+    shift = config.miscentring_kpc * distance if off < config.miscentred_share else 0.0
+    return shift * np.cos(azimuth), shift * np.sin(azimuth)
+
+
+def _centre_arcsec(cluster: ROW, config: MockConfig, seed: int) -> tuple[float, float]:
+    """Where the cluster's galaxies are centred in the box: as its columns say, else drawn as ``draw_clusters`` does."""
+    place = [value(cluster, name) for name in ("ra_deg", "dec_deg", "ra_deg_true", "dec_deg_true")]
+    if any(coordinate is None for coordinate in place):
+        west_kpc, north_kpc = _draw_offset_kpc(str(cluster["id"]), config, seed)
+        arcsec = 1.0 / float(kpc_per_arcsec(float(cluster["z"])))
+        return west_kpc * arcsec, north_kpc * arcsec
+    ra_0, dec_0, ra, dec = np.radians(np.array(place, float))
+    # Gnomonic projection, the inverse of ``offset_position``.
+    cosine = np.sin(dec_0) * np.sin(dec) + np.cos(dec_0) * np.cos(dec) * np.cos(ra - ra_0)
+    xi = np.cos(dec) * np.sin(ra - ra_0) / cosine
+    eta = (np.cos(dec_0) * np.sin(dec) - np.sin(dec_0) * np.cos(dec) * np.cos(ra - ra_0)) / cosine
+    return -np.degrees(xi) * 3600.0, np.degrees(eta) * 3600.0
+
+
+def reddening_mag(cluster: ROW, config: MockConfig, seed: int) -> float:
+    """Galactic reddening E(B-V) in front of a cluster, the first random number of its camera."""
+    return float(stream(seed, str(cluster["id"]), "camera").uniform(config.ebv_min_mag, config.ebv_max_mag))
+
+
 def _poisson_quantile(uniform: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Poisson numbers by inverse transform, at least 1 (a cluster has a brightest galaxy)."""
     from scipy.stats import poisson
@@ -273,7 +262,7 @@ def _poisson_quantile(uniform: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return np.maximum(poisson.ppf(uniform, mean), 1.0)
 
 
-def galaxies(cluster: ROW, config: MockConfig, width_arcsec: float, seed: int) -> Sources:
+def galaxies(cluster: ROW, config: MockConfig, width_arcsec: float, seed: int, *, background: bool = False) -> Sources:
     """All sources in a square box around a cluster's catalogued position.
 
     Args:
@@ -282,6 +271,7 @@ def galaxies(cluster: ROW, config: MockConfig, width_arcsec: float, seed: int) -
         config: the mock survey.
         width_arcsec: width of the box.
         seed: seed of the sky.
+        background: add the field galaxies that are too faint for any catalogue but roughen the sky of pictures.
 
     Returns:
         The sources whose centres lie in the box, members first. A wider box holds the same sources and more.
@@ -298,20 +288,29 @@ def galaxies(cluster: ROW, config: MockConfig, width_arcsec: float, seed: int) -
     def rng(purpose: str) -> np.random.Generator:
         return stream(seed, identity, purpose)
 
-    parts = [_field(rng, width_arcsec), _stars(rng, width_arcsec, config.depth_r_mag)]
+    physics = config.physics
+    parts = [_field(rng, width_arcsec, physics), _stars(rng, width_arcsec, config)]
     if config.projected_groups:
         parts.insert(0, _groups(rng, width_arcsec, config))
     log10_m500c = true_log10_m500c(cluster)
     if np.isfinite(log10_m500c):
+        centre = _centre_arcsec(cluster, config, seed)
+        if config.projected_groups and physics.correlated_structure > 0:
+            parts.insert(0, _correlated_groups(rng, z, log10_m500c, centre, width_arcsec, config))
         count = value(cluster, "richness_true")
         if count is None:
-            expected = mean_richness(log10_m500c) * np.exp(config.richness_scatter_ln * rng("richness").normal())
+            scatter = np.exp(physics.richness_scatter_ln * rng("richness").normal())
+            expected = mean_richness(log10_m500c, physics) * scatter
             count = _poisson_quantile(rng("members").random(1), np.array([expected]))[0]
-        parts.insert(0, _cluster_members(rng, z, log10_m500c, int(count), config))
+        parts.insert(0, _cluster_members(rng, z, log10_m500c, int(count), centre, config))
     sources = _concatenate(parts)
     half = width_arcsec / 2
     inside = (np.abs(sources.x_arcsec) <= half) & (np.abs(sources.y_arcsec) <= half)
-    return sources[inside & (sources.mag[:, 2] < config.depth_r_mag)]
+    sources = sources[inside & (sources.mag[:, 2] < config.depth_r_mag)]
+    if background and config.background_r_mag > DEEPEST_R_MAG:
+        faint = _field(lambda purpose: rng("background " + purpose), width_arcsec, physics, config.background_r_mag)
+        sources = _concatenate([sources, faint[faint.mag[:, 2] < config.background_r_mag]])
+    return sources
 
 
 # --- haloes -----------------------------------------------------------------------------------------------------------
@@ -336,24 +335,18 @@ def _nfw_table() -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def _schechter_table(alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Magnitudes relative to m* and the number brighter, one per galaxy brighter than LUMINOUS_MAG."""
+def _schechter_table(alpha: float, fainter_mag: float) -> tuple[np.ndarray, np.ndarray]:
+    """i - m*(z) and the number brighter, one per galaxy brighter than LUMINOUS_MAG, of galaxies whose own m* is
+    ``fainter_mag`` fainter than m*(z)."""
     mag = np.linspace(-2.5, 9.0, 1151)
-    luminosity = 10.0 ** (-0.4 * mag)
+    luminosity = 10.0 ** (-0.4 * (mag - fainter_mag))
     density = luminosity ** (alpha + 1) * np.exp(-luminosity)
     number = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]))])
     return mag, number / np.interp(LUMINOUS_MAG, mag, number)
 
 
-RED_ALPHA, BLUE_ALPHA = -1.0, -1.2
-"""Faint-end slopes of members: Rykoff et al. 2014 for red; steeper for blue ones (Popesso et al. 2006, A&A 445, 29)."""
-
-BLUE_FAINTER_MAG = 0.4
-"""m* of blue members in i is fainter than that of red ones: their stars weigh less (Hansen et al. 2009)."""
-
-
 def _halo_galaxies(
-    rng: Any, z: np.ndarray, log10_m500c: np.ndarray, richness: np.ndarray, depth_r_mag: float
+    rng: Any, z: np.ndarray, log10_m500c: np.ndarray, richness: np.ndarray, config: MockConfig
 ) -> tuple[Sources, np.ndarray]:
     """Galaxies of haloes about their own centres, the brightest galaxy first in each.
 
@@ -362,28 +355,28 @@ def _halo_galaxies(
         z: (m,) redshifts.
         log10_m500c: (m,) masses.
         richness: (m,) red galaxies with L > 0.2 L* inside R_c, brightest galaxy included.
-        depth_r_mag: depth of the sky.
+        config: depth and physics of the sky.
 
     Returns:
         The galaxies and the index of the halo of each; those of a halo depend on the haloes before it alone.
     """
+    physics = config.physics
     number = richness.astype(int)
-    scale_kpc = r500c_kpc(log10_m500c, z) * R200C_PER_R500C / GALAXY_CONCENTRATION
+    scale_kpc = r500c_kpc(log10_m500c, z) * R200C_PER_R500C / physics.galaxy_concentration
     r_c_x = richness_radius_kpc(np.maximum(number, 1)) / scale_kpc
-    x_max = MEMBER_RADIUS_R200C * GALAXY_CONCENTRATION
+    x_max = physics.member_radius_r200c * physics.galaxy_concentration
     nfw_x, nfw_mass = _nfw_table()
     mass_c = np.interp(np.minimum(r_c_x, x_max), nfw_x, nfw_mass)
     mass_max = float(np.interp(x_max, nfw_x, nfw_mass))
 
     # Galaxies fainter than the sky's depth are not drawn: r - i of members is at least 0.1.
-    faintest = np.maximum(depth_r_mag - 0.1 - m_star_i_mag(z), LUMINOUS_MAG)
-    red_mag, red_number = _schechter_table(RED_ALPHA)
-    blue_mag, blue_number = _schechter_table(BLUE_ALPHA)
-    red_total = np.interp(faintest, red_mag, red_number)
-    blue_total = np.interp(faintest - BLUE_FAINTER_MAG, blue_mag, blue_number)
+    faintest = np.maximum(config.depth_r_mag - 0.1 - m_star_i_mag(z), LUMINOUS_MAG)
+    red_mag, red_number = _schechter_table(physics.red_alpha, physics.m_star_offset_mag)
+    blue_mag, blue_number = _schechter_table(physics.blue_alpha, physics.m_star_offset_mag + physics.blue_fainter_mag)
+    red_total, blue_total = np.interp(faintest, red_mag, red_number), np.interp(faintest, blue_mag, blue_number)
 
     per_mass = number / mass_c
-    weight_max = (1 - RED_FRACTION_OUTSKIRTS) / RED_FRACTION_OUTSKIRTS
+    weight_max = 1 / physics.red_fraction_outskirts - 1
     counts = np.stack(
         [
             number,  # red, luminous, inside R_c: as many as the richness says
@@ -408,93 +401,197 @@ def _halo_galaxies(
     low = np.where(kind == 2, 1.0, 0.0)
     high = np.where(kind == 2, red_total[halo], 1.0)
     dm = np.interp(low + u_mag * (high - low), red_number, red_mag)
-    dm[blue] = BLUE_FAINTER_MAG + np.interp(u_mag[blue] * blue_total[halo[blue]], blue_number, blue_mag)
-    bright = BCG_PIVOT_MAG + BCG_SLOPE_MAG * (log10_m500c - RICHNESS_PIVOT_LOG10_M500C)
-    dm[first] = np.minimum((bright + BCG_SCATTER_MAG * rng("brightest").normal(size=len(z)))[halo[first]], 0.5)
+    dm[blue] = np.interp(u_mag[blue] * blue_total[halo[blue]], blue_number, blue_mag)
+    bright = physics.brightest_mag + physics.brightest_slope_mag * (log10_m500c - PIVOT_LOG10_M500C)
+    bright = bright + physics.brightest_scatter_mag * rng("brightest").normal(size=len(z))
+    dm[first] = np.minimum(bright[halo[first]], 0.5)
 
     # Thin the blue galaxies so that the red fraction falls outwards.
-    ramp = np.clip(x / GALAXY_CONCENTRATION, 0, 1)
-    red_fraction = RED_FRACTION_CENTRE + (RED_FRACTION_OUTSKIRTS - RED_FRACTION_CENTRE) * ramp
+    ramp = np.clip(x / physics.galaxy_concentration, 0, 1)
+    red_fraction = physics.red_fraction_centre + (physics.red_fraction_outskirts - physics.red_fraction_centre) * ramp
     keep = ~blue | (rng("thin").random(n) * weight_max < (1 - red_fraction) / red_fraction)
 
     z_all = z[halo]
     angle = rng("azimuth").uniform(0, 2 * np.pi, n)
-    radius_arcsec = x * (scale_kpc / kpc_per_arcsec(z))[halo]
-    mag = np.where(blue[:, None], _blue_colours(rng, z_all), _red_colours(rng, z_all, dm))
+    radius_arcsec = x * (scale_kpc / _kpc_per_arcsec(z))[halo]
+    scatter = np.broadcast_to(physics.red_colour_scatter_mag, (n, 4)).copy()
+    scatter[first] = _central_scatter(z_all[first], physics)
+    mag = np.where(blue[:, None], _blue_colours(rng, z_all, physics), _red_colours(rng, z_all, dm, physics, scatter))
     mag = mag - mag[:, 3:4] + (m_star_i_mag(z)[halo] + dm)[:, None]
-    grid = templates()
+    grid = _templates(physics)
     absolute_r = mag[:, 2] - _distance_modulus(z_all) - np.interp(z_all, grid.z, grid.red[:, 2])
     sources = _with_shapes(
-        rng, radius_arcsec * np.cos(angle), radius_arcsec * np.sin(angle), mag, z_all, absolute_r, ~blue
+        rng, radius_arcsec * np.cos(angle), radius_arcsec * np.sin(angle), mag, z_all, absolute_r, ~blue, physics
     )
-    sources.r50_arcsec[first] *= BCG_SIZE_FACTOR
+    sources.r50_arcsec[first] *= physics.brightest_size_factor
     return sources[keep], halo[keep]
 
 
-def _cluster_members(rng: Any, z: float, log10_m500c: float, richness: int, config: MockConfig) -> Sources:
-    """Members of the cluster in the centre, off the catalogued position in a share of clusters."""
+def _cluster_members(
+    rng: Any, z: float, log10_m500c: float, richness: int, centre_arcsec: tuple[float, float], config: MockConfig
+) -> Sources:
+    """Members of the cluster in the centre, with diffuse light about the brightest."""
     sources, _ = _halo_galaxies(
-        lambda purpose: rng("member " + purpose),
-        np.array([z]),
-        np.array([log10_m500c]),
-        np.array([richness]),
-        config.depth_r_mag,
+        lambda purpose: rng("member " + purpose), np.array([z]), np.array([log10_m500c]), np.array([richness]), config
     )
-    if config.diffuse_light_share > 0 and len(sources):
-        sources = _concatenate([sources, _diffuse_light(sources[:1], z, config.diffuse_light_share)])
-    centring = rng("centring")
-    off, azimuth, distance = centring.random(), centring.uniform(0, 2 * np.pi), centring.rayleigh()
-    shift = config.miscentring_kpc * distance / float(kpc_per_arcsec(z)) if off < config.miscentred_share else 0.0
-    sources.x_arcsec[:] += shift * np.cos(azimuth)
-    sources.y_arcsec[:] += shift * np.sin(azimuth)
+    if config.physics.diffuse_light_share > 0 and len(sources):
+        sources = _concatenate([sources, _diffuse_light(sources[:1], z, config.physics)])
+    sources.x_arcsec[:] += centre_arcsec[0]
+    sources.y_arcsec[:] += centre_arcsec[1]
     sources.is_member[:] = True
     return sources
 
 
-def _diffuse_light(brightest: Sources, z: float, share: float) -> Sources:
+def _diffuse_light(brightest: Sources, z: float, physics: PhysicsConfig) -> Sources:
     columns = {f.name: getattr(brightest, f.name).copy() for f in fields(Sources)}
-    columns["mag"] = columns["mag"] - 2.5 * np.log10(share)
-    columns["r50_arcsec"] = np.full(1, DIFFUSE_LIGHT_R50_KPC / float(kpc_per_arcsec(z)))
+    columns["mag"] = columns["mag"] - 2.5 * np.log10(physics.diffuse_light_share)
+    columns["r50_arcsec"] = np.full(1, physics.diffuse_light_r50_kpc / _kpc_per_arcsec(z))
     columns["sersic_n"] = np.ones(1)
     columns["is_diffuse"] = np.ones(1, bool)
     return Sources(**columns)
 
-
-HALO_MASS_OFFSET_DEX = -0.15
-"""From masses of simulated haloes to the project's X-ray and SZ scale, which lies 0.1-0.15 dex below weak lensing.
-With it clusters richer than 60 at z 0.1-0.35 are as many as in redMaPPer v5.10 (0.060 to 0.057 per deg2) and those
-richer than 20 are 0.77 of its number, before richness scatter."""
 
 HALO_FUNCTION = np.array([-4.7496, -1.5006, -0.5787, -0.4577, -0.5154, -0.8163, -0.6371, -0.5577, -0.6052])
 """log10 dn/dlog10 M500c (Mpc^-3) as a polynomial in x = log10 M500c - 14 and y = z - 0.3 with terms 1, x, x2, x3, y,
 xy, x2y, y2, xy2: fit (to 0.06 dex) to Tinker et al. 2008, ApJ 688, 709, with sigma8 = 0.81."""
 
 
+HALO_BIAS = np.array([0.4465, 0.3766, 0.0874, 0.341, 0.0705])
+"""log10 b of haloes as a polynomial in the same x and y with terms 1, x, x2, y, xy: fit (to 0.01 dex, x -0.9 to 1.3, z
+0.05-0.6) to Tinker et al. 2010, ApJ 724, 878."""
+
+XI_MPC, XI = (
+    np.array([1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0]),
+    np.array([7.094, 3.930, 2.649, 1.511, 0.997, 0.610, 0.323, 0.193]),
+)
+"""Linear correlation function of matter at z = 0 against comoving Mpc, and the reach of correlated structure."""
+
+GROWTH_Z, GROWTH = np.array([0.0, 0.1, 0.3, 0.5, 0.7]), np.array([1.0, 0.950, 0.856, 0.773, 0.701])
+"""Linear growth factor. Both for H0 = 70, Om = 0.3, flat, sigma8 = 0.81, n_s = 0.965 (colossus, Eisenstein & Hu
+1998)."""
+
+
+def halo_density(log10_m500c: ArrayLike, z: ArrayLike) -> np.ndarray:
+    """Comoving number of haloes per Mpc^3 and dex of mass, of simulated haloes (see ``halo_mass_offset_dex``)."""
+    x, y = np.broadcast_arrays(np.asarray(log10_m500c, float) - 14.0, np.asarray(z, float) - 0.3)
+    terms = np.stack([np.ones_like(x), x, x**2, x**3, y, x * y, x**2 * y, y**2, x * y**2])
+    return 10 ** np.tensordot(HALO_FUNCTION, terms, 1)
+
+
+def _halo_bias(log10_m500c: ArrayLike, z: ArrayLike) -> np.ndarray:
+    x, y = np.broadcast_arrays(np.asarray(log10_m500c, float) - 14.0, np.asarray(z, float) - 0.3)
+    return 10 ** np.tensordot(HALO_BIAS, np.stack([np.ones_like(x), x, x**2, y, x * y]), 1)
+
+
 @cache
-def _halo_cells() -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Cells in (z, mass): their lower edges, cumulative share, and haloes per arcsec2."""
-    z = np.arange(*GROUP_Z, 0.01)
-    mass = np.arange(*GROUP_LOG10_M500C, 0.02)
-    x, y = mass[None] + 0.01 - 14, z[:, None] + 0.005 - 0.3
-    terms = np.stack(np.broadcast_arrays(1.0 + 0 * x + 0 * y, x, x**2, x**3, y, x * y, x**2 * y, y**2, x * y**2))
-    number = 10 ** np.tensordot(HALO_FUNCTION, terms, 1) * 0.02 * _volume_per_arcsec2(z, 0.01)[:, None]
-    zz, mm = np.broadcast_arrays(z[:, None], mass[None])
+def _halo_cells(
+    z_range: tuple[float, float], mass_range: tuple[float, float], z_step: float, mass_step: float
+) -> tuple[np.ndarray, np.ndarray, tuple[float, float], np.ndarray, float]:
+    """Cells in (z, mass): their lower edges, their sizes, cumulative share, and haloes per arcsec2."""
+    z, mass = (
+        np.linspace(low, high, round((high - low) / step) + 2)
+        for (low, high), step in ((z_range, z_step), (mass_range, mass_step))
+    )
+    dz, dm = float(z[1] - z[0]), float(mass[1] - mass[0])
+    density = halo_density(mass[None, :-1] + dm / 2, z[:-1, None] + dz / 2)
+    number = density * dm * _volume_per_arcsec2(z[:-1], dz)[:, None]
+    zz, mm = np.broadcast_arrays(z[:-1, None], mass[None, :-1])
     total = float(number.sum())
-    return zz.ravel(), mm.ravel(), np.cumsum(number.ravel()) / total, total
+    return zz.ravel(), mm.ravel(), (dz, dm), np.cumsum(number.ravel()) / total, total
+
+
+def _haloes(rng: Any, config: MockConfig, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Redshifts and masses of n clusters, from the halo mass function times comoving volume."""
+    offset = config.physics.halo_mass_offset_dex
+    masses = (config.log10_m500c_min - offset, config.log10_m500c_max - offset)
+    z, mass, (dz, dm), cumulative, _ = _halo_cells((config.z_min, config.z_max), masses, 0.005, 0.01)
+    cell = np.minimum(np.searchsorted(cumulative, rng("halo").random(n)), len(z) - 1)
+    return z[cell] + dz * rng("z").random(n), mass[cell] + offset + dm * rng("mass").random(n)
 
 
 def _groups(rng: Any, width_arcsec: float, config: MockConfig) -> Sources:
-    """Galaxies of other groups and clusters whose centres lie in the box or up to 5' outside."""
-    z_cell, mass_cell, cumulative, density = _halo_cells()
-    x, y = _nested_positions(rng("group place"), density, width_arcsec + 600.0)
-    n = len(x)
-    cell = np.minimum(np.searchsorted(cumulative, rng("group cell").random(n)), len(z_cell) - 1)
-    within = rng("group cell offset").random((n, 2))
-    z, mass = z_cell[cell] + 0.01 * within[:, 0], mass_cell[cell] + 0.02 * within[:, 1]
-    mass = mass + HALO_MASS_OFFSET_DEX
-    scatter = np.exp(config.richness_scatter_ln * rng("group richness").normal(size=n))
-    richness = _poisson_quantile(rng("group members").random(n), mean_richness(mass) * scatter)
-    sources, halo = _halo_galaxies(lambda purpose: rng("group " + purpose), z, mass, richness, config.depth_r_mag)
+    """Galaxies of other groups and clusters whose centres lie in the box or up to ``GROUP_REACH_ARCSEC`` outside."""
+    z_cell, mass_cell, (dz, dm), cumulative, density = _halo_cells(GROUP_Z, GROUP_LOG10_M500C, 0.01, 0.02)
+    x, y = _nested_positions(rng("group place"), density, width_arcsec + 2 * GROUP_REACH_ARCSEC)
+    cell = np.minimum(np.searchsorted(cumulative, rng("group cell").random(len(x))), len(z_cell) - 1)
+    within = rng("group cell offset").random((len(x), 2))
+    z, mass = z_cell[cell] + dz * within[:, 0], mass_cell[cell] + dm * within[:, 1]
+    return _galaxies_of_groups(lambda purpose: rng("group " + purpose), x, y, z, mass, config)
+
+
+def correlated_haloes(
+    rng: Any, z: float, log10_m500c: float, config: MockConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Groups around a cluster in excess of the mean: the two-halo term.
+
+    Their comoving density is n(M) b(M) b(M_cluster) D(z)^2 xi(r), from where the members end out to 20 Mpc: Cooray &
+    Sheth 2002, Phys. Rep. 372, 1. Distances along the line of sight become redshifts without peculiar velocities.
+
+    Args:
+        rng: purpose -> generator.
+        z: the cluster's redshift.
+        log10_m500c: the cluster's true mass.
+        config: the mock survey.
+
+    Returns:
+        Offsets from the cluster's true centre towards west and north in arcsec, redshifts, and log10 of the halo masses
+        (on the scale of simulations, see ``halo_mass_offset_dex``).
+    """
+    physics = config.physics
+    mass = np.linspace(*GROUP_LOG10_M500C, 96)
+    weight = halo_density(mass, z) * _halo_bias(mass, z)
+    by_mass = np.concatenate([[0.0], np.cumsum(0.5 * (weight[1:] + weight[:-1]) * np.diff(mass))])
+    members_end_mpc = float(physics.member_radius_r200c * R200C_PER_R500C * r500c_kpc(log10_m500c, z)) / 1000.0
+    radius = np.linspace(min(members_end_mpc * (1 + z), 0.9 * XI_MPC[-1]), XI_MPC[-1], 100)
+    shell = 4 * np.pi * radius**2 * np.exp(np.interp(np.log(radius), np.log(XI_MPC), np.log(XI)))
+    by_radius = np.concatenate([[0.0], np.cumsum(0.5 * (shell[1:] + shell[:-1]) * np.diff(radius))])
+    own_bias = float(_halo_bias(log10_m500c - physics.halo_mass_offset_dex, z))
+    excess = physics.correlated_structure * own_bias * np.interp(z, GROWTH_Z, GROWTH) ** 2
+    n = int(rng("number").poisson(excess * by_mass[-1] * by_radius[-1]))
+
+    uniform = rng("place").random((n, 4))
+    r = np.interp(uniform[:, 0] * by_radius[-1], by_radius, radius)
+    cosine, azimuth = 2 * uniform[:, 1] - 1, 2 * np.pi * uniform[:, 2]
+    across_arcsec = r * np.sqrt(1 - cosine**2) / (1 + z) * 1000.0 / _kpc_per_arcsec(z)
+    redshift = z + r * cosine * H0_KM_S_MPC * np.sqrt(OMEGA_M * (1 + z) ** 3 + 1 - OMEGA_M) / LIGHT_KM_S
+    return (
+        across_arcsec * np.cos(azimuth),
+        across_arcsec * np.sin(azimuth),
+        np.maximum(redshift, GROUP_Z[0]),
+        np.interp(uniform[:, 3] * by_mass[-1], by_mass, mass),
+    )
+
+
+def _correlated_groups(
+    rng: Any,
+    z: float,
+    log10_m500c: float,
+    centre_arcsec: tuple[float, float],
+    width_arcsec: float,
+    config: MockConfig,
+) -> Sources:
+    """Galaxies of the groups around the cluster whose centres lie in or near the box."""
+
+    def group_rng(purpose: str) -> np.random.Generator:
+        return rng("correlated " + purpose)
+
+    x, y, redshift, mass = correlated_haloes(group_rng, z, log10_m500c, config)
+    x, y = x + centre_arcsec[0], y + centre_arcsec[1]
+    # The nearest first, so that a wider box adds groups behind those of a narrower one.
+    distance = np.maximum(np.abs(x), np.abs(y))
+    order = np.argsort(distance)
+    order = order[distance[order] < width_arcsec / 2 + GROUP_REACH_ARCSEC]
+    return _galaxies_of_groups(group_rng, x[order], y[order], redshift[order], mass[order], config)
+
+
+def _galaxies_of_groups(
+    rng: Any, x: np.ndarray, y: np.ndarray, z: np.ndarray, log10_halo_mass: np.ndarray, config: MockConfig
+) -> Sources:
+    physics, n = config.physics, len(x)
+    mass = log10_halo_mass + physics.halo_mass_offset_dex
+    scatter = np.exp(physics.richness_scatter_ln * rng("richness").normal(size=n))
+    richness = _poisson_quantile(rng("members").random(n), mean_richness(mass, physics) * scatter)
+    sources, halo = _halo_galaxies(rng, z, mass, richness, config)
     sources.x_arcsec[:] += x[halo]
     sources.y_arcsec[:] += y[halo]
     return sources
@@ -523,57 +620,91 @@ def _nested_positions(rng: np.random.Generator, density: float, width_arcsec: fl
 
 
 @cache
-def _distance_table() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _distance_table() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     z = np.arange(0.005, 1.305, 0.005)
     comoving_mpc = kpc_per_arcsec(z) * (180 / np.pi * 3600) / 1000 * (1 + z)
     modulus = 5 * np.log10(comoving_mpc * (1 + z)) + 25
     volume = comoving_mpc**3 / 3 / (180 / np.pi * 3600) ** 2
-    return z, modulus, volume
+    return z, modulus, volume, comoving_mpc
 
 
 def _distance_modulus(z: np.ndarray) -> np.ndarray:
-    grid, modulus, _ = _distance_table()
+    grid, modulus, _, _ = _distance_table()
     return np.interp(z, grid, modulus)
+
+
+def _kpc_per_arcsec(z: ArrayLike) -> np.ndarray:
+    """As ``cosmology.kpc_per_arcsec``, to 1e-4, from a table: a quarter of the time of a catalogue went there."""
+    grid, _, _, comoving_mpc = _distance_table()
+    z = np.asarray(z, float)
+    return np.interp(z, grid, comoving_mpc) / (1 + z) * (1000.0 * np.pi / 180 / 3600)
 
 
 def _volume_per_arcsec2(z: np.ndarray, step: float) -> np.ndarray:
     """Comoving Mpc^3 per arcsec2 in shells from each z to z + step."""
-    grid, _, volume = _distance_table()
+    grid, _, volume, _ = _distance_table()
     return np.interp(z + step, grid, volume) - np.interp(z, grid, volume)
 
 
 _Z_STEP, _MAG_STEP = 0.01, 0.1
 
 
+def _templates(physics: PhysicsConfig) -> Templates:
+    return templates(physics.red_colour_offset_mag)
+
+
 @cache
-def _field_cells() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
-    """Cells in (kind, z, absolute magnitude): is red, lower edges, cumulative share, and galaxies per arcsec2."""
+def _field_cells(
+    populations: tuple[tuple[tuple[float, float, float, float], float, float, bool], ...],
+    red_colour_offset_mag: PerColour,
+    background_r_mag: float | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
+    """Cells in (kind, z, absolute magnitude): is red, lower edges, cumulative share, and galaxies per arcsec2.
+
+    Args:
+        populations: luminosity function, factor on it, its growth with redshift, and whether it is that of red
+            galaxies, for each kind.
+        red_colour_offset_mag: of the templates.
+        background_r_mag: None for the sky to its depth; else for what lies beyond, to this magnitude, and for the
+            growth from ``BACKGROUND_R_MAG`` on.
+    """
     z = np.arange(0.02, 1.2, _Z_STEP)
     absolute = np.arange(-24.5, -13.0, _MAG_STEP)
-    grid, h = templates(), H0_KM_S_MPC / 100.0
+    grid, h = templates(red_colour_offset_mag), H0_KM_S_MPC / 100.0
     modulus = _distance_modulus(z + _Z_STEP / 2)
     volume = _volume_per_arcsec2(z, _Z_STEP)
     numbers = []
-    for (m_star, alpha, phi, evolution), scale, red in (
-        (LF_RED, FIELD_SCALE_RED, True),
-        (LF_BLUE, FIELD_SCALE_BLUE, False),
-    ):
+    for (m_star, alpha, phi, evolution), scale, growth, red in populations:
         m_star = m_star + 5 * np.log10(h) - evolution * (np.minimum(z, 0.6) - 0.1)
         luminosity = 10 ** (-0.4 * (absolute[None] + _MAG_STEP / 2 - m_star[:, None]))
         density = 0.4 * np.log(10) * phi * h**3 * luminosity ** (alpha + 1) * np.exp(-luminosity)
         k_r = grid.red_magnitudes(z)[:, 2] if red else grid.blend_magnitudes(z, np.full(len(z), 0.6))[:, 2]
         apparent = absolute[None] + (modulus + k_r)[:, None]
-        # A margin beyond the deepest sky allows for the spread of K-corrections; the caller cuts at its own depth.
-        numbers.append(scale * density * _MAG_STEP * volume[:, None] * (apparent < 23.4))
+        # A margin of 0.4 mag allows for the spread of K-corrections; the caller cuts.
+        share = (apparent < DEEPEST_R_MAG + 0.4).astype(float)
+        if background_r_mag is not None:
+            more = 10 ** (0.4 * growth * np.maximum(z - 0.3, 0.0))[:, None]
+            share = np.where(apparent < DEEPEST_R_MAG, more - 1.0, more)
+            share *= (apparent > BACKGROUND_R_MAG) & (apparent < background_r_mag + 0.4)
+        numbers.append(scale * density * _MAG_STEP * volume[:, None] * share)
     number = np.stack(numbers)
-    red, zz, mm = np.broadcast_arrays(np.array([True, False])[:, None, None], z[None, :, None], absolute[None, None])
+    kinds = np.array([red for *_, red in populations])
+    red, zz, mm = np.broadcast_arrays(kinds[:, None, None], z[None, :, None], absolute[None, None])
     total = float(number.sum())
     return red.ravel(), zz.ravel(), mm.ravel(), np.cumsum(number.ravel()) / total, total
 
 
-def _field(rng: Any, width_arcsec: float) -> Sources:
-    """Galaxies of the field, red and blue, from luminosity functions times volume."""
-    red_cell, z_cell, mag_cell, cumulative, density = _field_cells()
+def _field(rng: Any, width_arcsec: float, physics: PhysicsConfig, background_r_mag: float | None = None) -> Sources:
+    """Galaxies of the field, red and blue, from luminosity functions times volume: those of the sky's depth, or the
+    background from there to ``background_r_mag``."""
+    red_cell, z_cell, mag_cell, cumulative, density = _field_cells(
+        (
+            (physics.field_red_lf, physics.field_red_scale, 0.0, True),
+            (physics.field_blue_lf, physics.field_blue_scale, physics.background_growth, False),
+        ),
+        physics.red_colour_offset_mag,
+        background_r_mag,
+    )
     x, y = _nested_positions(rng("field place"), density, width_arcsec)
     n = len(x)
     cell = np.minimum(np.searchsorted(cumulative, rng("field cell").random(n)), len(z_cell) - 1)
@@ -586,60 +717,95 @@ def _field(rng: Any, width_arcsec: float) -> Sources:
         return rng("field " + purpose)
 
     # The red sequence's slope is in i relative to m*, here through r - i of the template.
-    base = templates().red_magnitudes(z) + (absolute_r + _distance_modulus(z))[:, None]
+    base = _templates(physics).red_magnitudes(z) + (absolute_r + _distance_modulus(z))[:, None]
     dm = np.clip(base[:, 3] - m_star_i_mag(np.maximum(z, 0.05)), -2.5, 4.0)
-    mag = np.where(red[:, None], _red_colours(field_rng, z, dm), _blue_colours(field_rng, z))
+    mag = np.where(
+        red[:, None],
+        _red_colours(field_rng, z, dm, physics, np.array(physics.red_colour_scatter_mag)),
+        _blue_colours(field_rng, z, physics, 0.0 if background_r_mag is None else physics.background_young_growth),
+    )
     mag = mag + (absolute_r + _distance_modulus(z))[:, None]
-    return _with_shapes(field_rng, x, y, mag, z, absolute_r, red)
+    return _with_shapes(field_rng, x, y, mag, z, absolute_r, red, physics)
 
 
-def _red_colours(rng: Any, z: np.ndarray, dm: np.ndarray) -> np.ndarray:
-    """Relative magnitudes (n, 5) on the red sequence, with its slope in ``dm`` = i - m* and its scatter."""
-    scatter = rng("red colours").normal(size=(len(z), 4)) * RED_COLOUR_SCATTER_MAG
-    return templates().red_magnitudes(z) + colours_to_offsets(RED_COLOUR_SLOPE * dm[:, None] + scatter)
-
-
-def _blue_colours(rng: Any, z: np.ndarray) -> np.ndarray:
-    """Relative magnitudes (n, 5) of star-forming galaxies: a share of young light, dust, and scatter."""
-    # Inverse transform on a table: one uniform number per galaxy.
-    young = np.interp(rng("young").random(len(z)), *_young_share_table())
-    normal = rng("blue colours").normal(size=(len(z), 5))
-    dust = REDDENING_SCATTER_MAG * np.abs(normal[:, 4:])
-    colours = normal[:, :4] * BLUE_COLOUR_SCATTER_MAG + dust * REDDENING_COLOURS
-    offsets = colours_to_offsets(colours)
-    return templates().blend_magnitudes(z, young) + offsets - offsets[:, 2:3]
+def _red_colours(
+    rng: Any, z: np.ndarray, dm: np.ndarray, physics: PhysicsConfig, scatter_mag: np.ndarray
+) -> np.ndarray:
+    """Relative magnitudes (n, 5) on the red sequence, with its slope in ``dm`` = i - m* and a scatter of
+    ``scatter_mag``, (4,) or (n, 4)."""
+    root = _correlation_root(physics.red_colour_correlation)
+    scatter = scatter_mag * (rng("red colours").normal(size=(len(z), 4)) @ root.T)
+    colours = np.array(physics.red_colour_slope) * dm[:, None] + scatter
+    return _templates(physics).red_magnitudes(z) + colours_to_offsets(colours)
 
 
 @cache
-def _young_share_table() -> tuple[np.ndarray, np.ndarray]:
+def _correlation_root(correlation: tuple[float, ...]) -> np.ndarray:
+    """Matrix (4, 4) that turns independent normal numbers into correlated ones."""
+    matrix = np.eye(4)
+    matrix[np.triu_indices(4, 1)] = correlation
+    return np.linalg.cholesky(matrix + matrix.T - np.eye(4))
+
+
+def _central_scatter(z: np.ndarray, physics: PhysicsConfig) -> np.ndarray:
+    """(n, 4) scatter of the colours of brightest galaxies."""
+    near, far = np.array(physics.central_colour_scatter_mag)
+    return near + np.clip((z[:, None] - 0.1) / 0.15, 0, 1) * (far - near)
+
+
+def _blue_colours(rng: Any, z: np.ndarray, physics: PhysicsConfig, young_growth: float = 0.0) -> np.ndarray:
+    """Relative magnitudes (n, 5) of star-forming galaxies: a share of young light, dust, and scatter."""
+    # Inverse transform on a table: one uniform number per galaxy.
+    young = np.interp(rng("young").random(len(z)), *_young_share_table(*physics.young_share_beta))
+    young = 1.0 - (1.0 - young) ** (1.0 + young_growth * np.maximum(z - 0.3, 0.0))
+    normal = rng("blue colours").normal(size=(len(z), 5))
+    dust = physics.blue_reddening_mag * np.abs(normal[:, 4:])
+    colours = normal[:, :4] * physics.blue_colour_scatter_mag + dust * REDDENING_COLOURS
+    offsets = colours_to_offsets(colours)
+    return _templates(physics).blend_magnitudes(z, young) + offsets - offsets[:, 2:3]
+
+
+@cache
+def _young_share_table(a: float, b: float) -> tuple[np.ndarray, np.ndarray]:
     from scipy.stats import beta
 
     share = np.linspace(0, 1, 201)
-    return beta.cdf(share, *YOUNG_SHARE_BETA), share
+    return beta.cdf(share, a, b), share
 
 
 def _with_shapes(
-    rng: Any, x: np.ndarray, y: np.ndarray, mag: np.ndarray, z: np.ndarray, absolute_r: np.ndarray, red: np.ndarray
+    rng: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    mag: np.ndarray,
+    z: np.ndarray,
+    absolute_r: np.ndarray,
+    red: np.ndarray,
+    physics: PhysicsConfig,
 ) -> Sources:
     """Sizes, axis ratios and profiles: Sersic n = 4 for red galaxies and n = 1 for blue ones.
 
-    Half-light radii follow Shen et al. 2003, MNRAS 343, 978 (eq. 14 and 15), with scatter 0.3 and
-    0.4 in ln r; axis ratios those of ellipticals (mean 0.75) and of randomly inclined disks of thickness 0.2.
+    Half-light radii follow Shen et al. 2003, MNRAS 343, 978 (eq. 14 and 15; circular apertures), with scatter 0.3 and
+    0.4 in ln r; axis ratios those of ellipticals (mean 0.75) and of randomly inclined disks.
     """
     n = len(x)
     normal, uniform = rng("size").normal(size=(n, 2)), rng("shape").random((n, 2))
     early = 0.26 * -absolute_r - 5.06
     late = 0.104 * -absolute_r + 0.25 * np.log10(1 + 10 ** (-0.4 * (absolute_r + 20.91))) - 1.71
-    log10_kpc = np.where(red, np.maximum(early, 0.0) + 0.13 * normal[:, 0], late + 0.17 * normal[:, 0])
+    early = np.maximum(early, 0.0) + np.log10(physics.early_r50_scale)
+    late = late + np.log10(physics.late_r50_scale)
+    log10_kpc = np.where(red, early + 0.13 * normal[:, 0], late + 0.17 * normal[:, 0])
     elliptical = np.clip(0.75 + 0.15 * normal[:, 1], 0.3, 1.0)
-    disk = np.sqrt(uniform[:, 0] ** 2 * (1 - 0.2**2) + 0.2**2)
+    thin = physics.disk_thickness**2
+    disk = np.sqrt(uniform[:, 0] ** 2 * (1 - thin) + thin)
+    axis_ratio = np.where(red, elliptical, disk)
     return Sources(
         x_arcsec=x,
         y_arcsec=y,
         mag=mag,
         z=z,
-        r50_arcsec=10**log10_kpc / kpc_per_arcsec(z) if n else np.zeros(0),
-        axis_ratio=np.where(red, elliptical, disk),
+        r50_arcsec=10**log10_kpc / np.sqrt(axis_ratio) / _kpc_per_arcsec(z),
+        axis_ratio=axis_ratio,
         angle_deg=180.0 * uniform[:, 1],
         sersic_n=np.where(red, 4.0, 1.0),
         is_member=np.zeros(n, bool),
@@ -649,18 +815,24 @@ def _with_shapes(
     )
 
 
-def _stars(rng: Any, width_arcsec: float, depth_r_mag: float) -> Sources:
+def _stars(rng: Any, width_arcsec: float, config: MockConfig) -> Sources:
     """Stars of the Galaxy: counts rising as a power law in flux, colours along the stellar locus with 0.03 mag
     scatter."""
-    slope = STAR_COUNT_SLOPE * np.log(10)
-    low, high = np.exp(slope * (STAR_BRIGHTEST_R_MAG - 14.5)), np.exp(slope * (depth_r_mag - 14.5))
-    latitude = np.exp(STAR_COUNT_SCATTER_LN * rng("latitude").normal())
-    density = latitude * STAR_COUNT_R145 * (high - low) / slope / 3600.0**2
+    physics = config.physics
+    grid = np.arange(STAR_BRIGHTEST_R_MAG, config.depth_r_mag + 0.05, 0.1)
+    slope = np.where(grid < STAR_BREAK_R_MAG, physics.star_count_bright_slope, physics.star_count_slope)
+    log10_count = slope * (grid - STAR_BREAK_R_MAG) + physics.star_count_slope * (STAR_BREAK_R_MAG - 14.5)
+    per_mag = physics.star_count_r145 * 10**log10_count
+    brighter = np.concatenate([[0.0], np.cumsum(0.05 * (per_mag[1:] + per_mag[:-1]))])
+    latitude = np.exp(physics.star_count_scatter_ln * rng("latitude").normal())
+    density = latitude * brighter[-1] / 3600.0**2
     x, y = _nested_positions(rng("star place"), density, width_arcsec)
     n = len(x)
     uniform = rng("star").random((n, 2))
-    r = 14.5 + np.log(low + uniform[:, 0] * (high - low)) / slope
-    g_i = np.interp(uniform[:, 1] * (len(STAR_G_I_QUANTILES) - 1), range(len(STAR_G_I_QUANTILES)), STAR_G_I_QUANTILES)
+    r = np.interp(uniform[:, 0] * brighter[-1], brighter, grid)
+    decile = uniform[:, 1] * (STAR_G_I_QUANTILES.shape[1] - 1)
+    bright, faint = (np.interp(decile, range(len(table)), table) for table in STAR_G_I_QUANTILES)
+    g_i = bright + np.interp(r, STAR_G_I_R_MAG, (0.0, 1.0)) * (faint - bright)
     colours = np.stack([np.interp(g_i, STAR_LOCUS[:, 0], STAR_LOCUS[:, k]) for k in range(1, 5)], axis=1)
     offsets = colours_to_offsets(colours + 0.03 * rng("star colours").normal(size=(n, 4)))
     no = np.zeros(n, bool)
@@ -687,19 +859,23 @@ def observe(
     sources: Sources,
     cluster: ROW,
     seed: int,
+    physics: PhysicsConfig | None = None,
     *,
+    ebv_mag: float = 0.04,
     i_limit_mag: float = 21.0,
     ideal: bool = False,
 ) -> dict[str, np.ndarray]:
     """The galaxy catalogue that a survey like SDSS DR8 would make of the sources.
 
-    Sources within ``BLEND_ARCSEC`` of a brighter one are merged with it, and lost with it where it is a star; faint
+    Sources within ``blend_arcsec`` of a brighter one are merged with it, and lost with it where it is a star; faint
     galaxies are listed in part; a few faint stars are listed as galaxies.
 
     Args:
         sources: the true sources.
         cluster: id, ra_deg and dec_deg of the box's centre (0, 0 where missing).
         seed: seed of the photometric noise.
+        physics: of the photometric catalogue; the configuration ``sky`` if not given.
+        ebv_mag: Galactic reddening E(B-V). Magnitudes are free of it, but it has cost light: errors and limits know it.
         i_limit_mag: galaxies with a fainter observed i magnitude are not listed.
         ideal: list every galaxy by itself, and no star.
 
@@ -709,31 +885,30 @@ def observe(
         source of a blend, are kept aside, for calibration with spectroscopic redshifts and for tests; no measurement
         of richness reads them.
     """
+    physics = physics or PhysicsConfig()
     rng = stream(seed, str(cluster["id"]), "photometry")
     seen = sources[~sources.is_diffuse]
     flux = 10 ** (-0.4 * (seen.mag - 22.5))
     if ideal:
         alone = ~seen.is_star
     else:
-        flux, alone = _blend(seen.x_arcsec, seen.y_arcsec, flux)
-        alone &= ~seen.is_star | ((seen.mag[:, 2] > STARS_LISTED_R_MAG) & (rng.random(len(seen)) < STARS_LISTED_SHARE))
+        flux, alone = _blend(seen.x_arcsec, seen.y_arcsec, flux, physics.blend_arcsec)
+        mistaken = rng.random(len(seen)) < physics.star_as_galaxy_share
+        alone &= ~seen.is_star | ((seen.mag[:, 2] > STARS_LISTED_R_MAG) & mistaken)
     seen, flux = seen[alone], flux[alone]
-    true_mag = 22.5 - 2.5 * np.log10(flux)
-    common = PHOTOMETRY_SIGMA_SCATTER_LN * rng.normal(size=(len(seen), 1))
-    log_sigma = np.stack(
-        [np.interp(true_mag[:, k], PHOTOMETRY_MAG, np.log(PHOTOMETRY_SIGMA_NMGY[k])) for k in range(5)], axis=1
-    )
-    sigma = np.exp(log_sigma + common)
+    dimming = 10 ** (0.4 * ebv_mag * np.array(list(EXTINCTION_PER_EBV.values())))
+    common = np.exp(physics.photometry_error_scatter_ln * rng.normal(size=(len(seen), 1)))
+    sigma = common * dimming * _model_flux_sigma(flux / dimming, seen, physics)
     flux = flux + sigma * rng.normal(size=sigma.shape)
     softening = 2e9 * LUPTITUDE_SOFTENING
     mag = -2.5 / np.log(10) * (np.arcsinh(flux / softening) + np.log(LUPTITUDE_SOFTENING))
     mag_err = 2.5 / np.log(10) * sigma / np.hypot(softening, flux)
     listed = mag[:, 3] < i_limit_mag
     if not ideal:
-        listed &= mag[:, 3] + COMPLETENESS_WIDTH_MAG * rng.normal(size=len(mag)) < COMPLETENESS_I_MAG
-    ra, dec = _offset_position(
-        float(value(cluster, "ra_deg", 0.0)), float(value(cluster, "dec_deg", 0.0)), seen.x_arcsec, seen.y_arcsec
-    )
+        scattered = mag[:, 3] + physics.completeness_width_mag * rng.normal(size=len(mag))
+        listed &= scattered + 2.5 * np.log10(dimming[3]) < physics.completeness_i_mag
+    centre = np.array([float(value(cluster, name, 0.0)) for name in ("ra_deg", "dec_deg")])
+    ra, dec = offset_position(centre[0], centre[1], seen.x_arcsec, seen.y_arcsec)
     return {
         "ra_deg": ra[listed],
         "dec_deg": dec[listed],
@@ -745,14 +920,31 @@ def observe(
     }
 
 
-def _blend(x_arcsec: np.ndarray, y_arcsec: np.ndarray, flux: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _model_flux_sigma(flux: np.ndarray, sources: Sources, physics: PhysicsConfig) -> np.ndarray:
+    """Errors (n, 5) of model fluxes in nanomaggies: noise of the sky in the effective area of PSF and profile, plus the
+    Poisson noise of the light, times ``photometry_error_factor``.
+
+    The effective area is (integral of I)^2 over the integral of I^2: 4 pi sigma^2 of a Gaussian, 8.92 and 2.71 r50^2 of
+    exponential and de Vaucouleurs profiles; PSF (wings widen it by a tenth) and profile are added.
+    """
+    psf = 4 * np.pi * (1.1 * np.array(physics.psf_fwhm_arcsec) / 2.355) ** 2
+    profile = np.where(sources.sersic_n == 4, 2.71, 8.92) * sources.r50_arcsec**2 * sources.axis_ratio
+    area = psf + profile[:, None]
+    pixel = np.array(physics.pixel_sigma_min_nmgy) * physics.pixel_sigma_max_nmgy
+    variance = pixel * area / SDSS_PIXEL_SCALE_ARCSEC**2 + flux * physics.nmgy_per_electron
+    return np.array(physics.photometry_error_factor) * np.sqrt(variance)
+
+
+def _blend(
+    x_arcsec: np.ndarray, y_arcsec: np.ndarray, flux: np.ndarray, blend_arcsec: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Fluxes (n, 5) with those of blended neighbours added to the brightest in i, and which sources are left (n,)."""
     from scipy.spatial import cKDTree
 
     left, total = np.ones(len(flux), bool), flux.copy()
     if len(flux) < 2:
         return total, left
-    pairs = cKDTree(np.column_stack([x_arcsec, y_arcsec])).query_pairs(BLEND_ARCSEC, output_type="ndarray")
+    pairs = cKDTree(np.column_stack([x_arcsec, y_arcsec])).query_pairs(blend_arcsec, output_type="ndarray")
     order = np.argsort(flux[pairs, 3], axis=1)
     faint, bright = np.take_along_axis(pairs, order, axis=1).T
     for k in np.lexsort((-flux[faint, 3], -flux[bright, 3])):
@@ -762,11 +954,12 @@ def _blend(x_arcsec: np.ndarray, y_arcsec: np.ndarray, flux: np.ndarray) -> tupl
     return total, left
 
 
-def _offset_position(
-    ra_deg: float, dec_deg: float, west_arcsec: np.ndarray, north_arcsec: np.ndarray
+def offset_position(
+    ra_deg: ArrayLike, dec_deg: ArrayLike, west_arcsec: np.ndarray, north_arcsec: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions at tangent-plane offsets from a centre (gnomonic projection; Calabretta & Greisen 2002, A&A 395,
     1077)."""
+    ra_deg, dec_deg = np.asarray(ra_deg, float), np.asarray(dec_deg, float)
     xi, eta = np.radians(-west_arcsec / 3600), np.radians(north_arcsec / 3600)
     sin_dec, cos_dec = np.sin(np.radians(dec_deg)), np.cos(np.radians(dec_deg))
     denominator = cos_dec - eta * sin_dec

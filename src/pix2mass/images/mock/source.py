@@ -17,29 +17,6 @@ from pix2mass.types import (
     Flag,
 )
 
-PIXEL_SIGMA_NMGY = {
-    "u": (0.040, 0.053),
-    "g": (0.0155, 0.024),
-    "r": (0.023, 0.032),
-    "i": (0.037, 0.057),
-    "z": (0.158, 0.217),
-}
-"""Range of the robust scatter of native 0.396" pixels: measured in six SDSS frames."""
-
-NMGY_PER_ELECTRON = {"u": 0.0055, "g": 0.0010, "r": 0.0011, "i": 0.0012, "z": 0.0075}
-"""Calibration over gain: a source of f nanomaggies has a Poisson variance of f times this. From the calibration
-vectors of the same frames and the gains of photoField 94-1."""
-
-PSF_FWHM_ARCSEC = {"u": 1.5, "g": 1.4, "r": 1.3, "i": 1.2, "z": 1.2}
-"""Median seeing of SDSS imaging: Ross et al. 2011, MNRAS 417, 1350, and the SDSS DR7 site's r-band 1.32"."""
-
-SEEING_SCATTER_LN, BAND_SEEING_SCATTER_LN = 0.10, 0.03
-"""Scatter of the seeing from image to image, common to the bands (drift scans see them within minutes) and of each."""
-
-SKY_RESIDUAL_SIGMA = 0.02
-"""Scatter of the residual sky level, and of its change from the centre to an edge, in units of the native pixel
-noise: the medians of the six frames lie within about 0.1 of it, sources included."""
-
 CATALOGUE_WIDTH_KPC = 4000.0
 """Width of the box of the galaxy catalogue: it holds R_c of a cluster with lambda 300 (1.8 Mpc) and its
 surroundings."""
@@ -65,14 +42,17 @@ class MockSource:
             return self.grid.width_arcsec
         return float(self.grid.width_kpc or 0) / float(kpc_per_arcsec(float(cluster["z"])))
 
-    def galaxies(self, cluster: ROW) -> dict[str, np.ndarray]:
-        """Galaxy catalogue of a box ``CATALOGUE_WIDTH_KPC`` wide: see ``population.observe``.
+    def galaxies(self, cluster: ROW, width_arcsec: float | None = None) -> dict[str, np.ndarray]:
+        """Galaxy catalogue around a cluster: see ``population.observe``.
 
         Args:
             cluster: id and z, position and true mass where known.
+            width_arcsec: width of the box; ``CATALOGUE_WIDTH_KPC`` if not given.
         """
-        width = CATALOGUE_WIDTH_KPC / float(kpc_per_arcsec(float(cluster["z"])))
-        return population.observe(population.galaxies(cluster, self.config, width, self.seed), cluster, self.seed)
+        width = width_arcsec or CATALOGUE_WIDTH_KPC / float(kpc_per_arcsec(float(cluster["z"])))
+        sources = population.galaxies(cluster, self.config, width, self.seed)
+        ebv = population.reddening_mag(cluster, self.config, self.seed)
+        return population.observe(sources, cluster, self.seed, self.config.physics, ebv_mag=ebv)
 
     def cutout(self, cluster: ROW) -> Cutout:
         """Picture of a cluster, with noise.
@@ -86,43 +66,47 @@ class MockSource:
         # The renderer is imported on use, so that catalogues of galaxies do not wait for torch.
         from pix2mass.images.mock.render import render
 
-        n_pixels, bands = self.grid.n_pixels, self.grid.bands
+        n_pixels, bands, physics = self.grid.n_pixels, self.grid.bands, self.config.physics
         width = self.width_arcsec(cluster)
         scale = width / n_pixels
         # Light of sources just outside reaches into the picture.
-        sources = population.galaxies(cluster, self.config, width + 30.0, self.seed)
+        sources = population.galaxies(cluster, self.config, width + 30.0, self.seed, background=True)
 
         rng = stream(self.seed, str(cluster["id"]), "camera")
-        # All five bands are drawn even if fewer are kept: a band's noise does not depend on the choice of the others.
+        # All five bands are drawn even if fewer are kept: a band's pixels do not depend on the choice of the others.
         ebv = rng.uniform(self.config.ebv_min_mag, self.config.ebv_max_mag)
         uniform, seeing, band_seeing = rng.random(len(BANDS)), rng.normal(), rng.normal(size=len(BANDS))
-        residual = SKY_RESIDUAL_SIGMA * rng.normal(size=(len(BANDS), 3))
+        residual = physics.sky_residual_sigma * rng.normal(size=(len(BANDS), 3))
         noise = rng.normal(size=(len(BANDS), n_pixels, n_pixels))
 
         index = [BANDS.index(band) for band in bands]
-        fwhm = np.array([PSF_FWHM_ARCSEC[band] for band in bands]) * np.exp(
-            SEEING_SCATTER_LN * seeing + BAND_SEEING_SCATTER_LN * band_seeing[index]
+        fwhm = np.array(physics.psf_fwhm_arcsec) * np.exp(
+            physics.psf_scatter_ln * seeing + physics.psf_band_scatter_ln * band_seeing
         )
-        extinction = ebv * np.array([EXTINCTION_PER_EBV[band] for band in bands])
-        flux = 10 ** (-0.4 * (sources.mag[:, index] + extinction - NANOMAGGY_ZEROPOINT_MAG))
-        model = render(sources, flux, fwhm, n_pixels, scale)
+        extinction = ebv * np.array([EXTINCTION_PER_EBV[band] for band in BANDS])
+        flux = 10 ** (-0.4 * (sources.mag + extinction - NANOMAGGY_ZEROPOINT_MAG))
+        model = render(sources, flux, fwhm, n_pixels, scale, psf_components=physics.psf_components)[index]
 
-        low, high = np.array([PIXEL_SIGMA_NMGY[band] for band in bands]).T
+        low, high = np.array([physics.pixel_sigma_min_nmgy, physics.pixel_sigma_max_nmgy])[:, index]
         native_sigma = (low * (high / low) ** uniform[index])[:, None, None]
         native_per_pixel = (scale / SDSS_PIXEL_SCALE_ARCSEC) ** 2
-        electron = np.array([NMGY_PER_ELECTRON[band] for band in bands])[:, None, None]
+        electron = np.array(physics.nmgy_per_electron)[index, None, None]
         sigma = np.sqrt(native_sigma**2 * native_per_pixel + electron * np.maximum(model, 0))
+        # Photons are counted: Poisson numbers of this variance have this skewness (Cornish & Fisher 1938, first order).
+        skewed = noise[index] + electron / sigma / 6 * (noise[index] ** 2 - 1)
         ramp = np.linspace(-1, 1, n_pixels)
         level, right, up = (residual[index, k][:, None, None] for k in range(3))
+        level = level + physics.sky_offset_sigma
         sky = (level + right * ramp + up * ramp[:, None]) * native_sigma * native_per_pixel
+        saturation = np.array(physics.saturation_nmgy)[index, None, None] * native_per_pixel
         return Cutout(
-            flux=(model + sky + sigma * noise[index]).astype(np.float32),
+            flux=np.minimum(model + sky + sigma * skewed, saturation).astype(np.float32),
             sigma=sigma.astype(np.float32),
             mask=np.zeros(model.shape, np.bool_),
             bands=bands,
             ra_deg=float(population.value(cluster, "ra_deg", 0.0)),
             dec_deg=float(population.value(cluster, "dec_deg", 0.0)),
             pixel_scale_arcsec=scale,
-            psf_fwhm_arcsec=fwhm.astype(np.float32),
+            psf_fwhm_arcsec=fwhm[index].astype(np.float32),
             flags=Flag(0),
         )

@@ -8,20 +8,11 @@ from importlib import resources
 
 import numpy as np
 
+from pix2mass.config import PerColour
 from pix2mass.types import BANDS
 
 SDSS_MINUS_AB_MAG = np.array([0.04, 0.0, 0.0, 0.0, -0.02])
 """u_SDSS = u_AB + 0.04, z_SDSS = z_AB - 0.02. Source: SDSS DR12 flux calibration page."""
-
-RED_COLOUR_OFFSET_MAG = np.array([0.13, -0.028, 0.009, -0.029])
-"""Observed minus template colour (u-g, g-r, r-i, i-z) of an m* galaxy of the red sequence at z 0.1-0.3. Measured on the
-redMaPPer DR8 training galaxies with P > 0.8 (0.65 mag fainter than m*) and central galaxies (1.2 mag brighter)."""
-
-RED_COLOUR_SLOPE = np.array([-0.04, -0.030, -0.0075, -0.005])
-"""Change of each colour per magnitude of i - m*(z): the difference between those two samples over 1.85 mag."""
-
-RED_COLOUR_SCATTER_MAG = np.array([0.10, 0.042, 0.016, 0.022])
-"""Intrinsic scatter of each colour: that of the same galaxies less their photometric errors, in quadrature."""
 
 _GR_DROP_Z = (0.27, 0.33)
 _GR_DROP_MAG = -0.06
@@ -75,8 +66,22 @@ def _interpolate_rows(grid: np.ndarray, values: np.ndarray, at: np.ndarray) -> n
 
 
 @cache
-def templates() -> Templates:
-    """The template grids (about one second, once per process)."""
+def templates(red_colour_offset_mag: PerColour) -> Templates:
+    """The template grids (about one second, once per process).
+
+    Args:
+        red_colour_offset_mag: observed minus template colour of the red sequence.
+    """
+    red, blend = _kcorrect_grids()
+    # Shift the colours to those observed and hold i, in which the members' magnitudes are drawn.
+    offset = np.broadcast_to(red_colour_offset_mag, (len(_Z_GRID), 4)).copy()
+    offset[:, 1] += np.interp(_Z_GRID, _GR_DROP_Z, (0.0, _GR_DROP_MAG))
+    return Templates(_Z_GRID, red + colours_to_offsets(offset), blend)
+
+
+@cache
+def _kcorrect_grids() -> tuple[np.ndarray, np.ndarray]:
+    """Magnitudes (n_z, 5) of kcorrect's luminous red galaxy and (n_blend, n_z, 5) of star-forming ones."""
     from kcorrect.kcorrect import Kcorrect
     from kcorrect.template import Template
 
@@ -101,15 +106,10 @@ def templates() -> Templates:
         return -2.5 * np.log10(relative) + SDSS_MINUS_AB_MAG
 
     red = normalised(magnitudes("kcorrect-lrg1-v4.fits")[:, :, 0])
-    # Shift the colours to those observed and hold i, in which the members' magnitudes are drawn.
-    offset = np.broadcast_to(RED_COLOUR_OFFSET_MAG, (len(_Z_GRID), 4)).copy()
-    offset[:, 1] += np.interp(_Z_GRID, _GR_DROP_Z, (0.0, _GR_DROP_MAG))
-    red = red + colours_to_offsets(offset)
-
     default = magnitudes("kcorrect-default-v4.fits")
     old, young = (default[:, :, k] / default[at_z01, r_band, k] for k in (_OLD_TEMPLATE, _YOUNG_TEMPLATE))
     blend = np.stack([normalised((1 - share) * old + share * young) for share in _BLEND_GRID])
-    return Templates(_Z_GRID, red, blend)
+    return red, blend
 
 
 def colours_to_offsets(colours: np.ndarray) -> np.ndarray:
