@@ -50,6 +50,8 @@ FIELD_EBV_MAG, RED_EBV_MAG = 0.09, 0.026
 COLOURS = ("u-g", "g-r", "r-i", "i-z")
 COUNT_EDGES = np.arange(17.0, 21.01, 0.5)
 SEED = 1
+TRANSFER_STAMPS, TRANSFER_EPOCHS = 4000, (4, 5)
+"""Mock stamps to pretrain on, and passes over these and over the real ones."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -393,9 +395,9 @@ def networks(data: Path, config: MockConfig, epochs: int, seeds: int, figure: Pa
 
     real = realism_judge.real_stamps(data / "sas")
     judged = realism_judge.judge(real, config, SEED, epochs, report)
-    stamps, _ = judged.mock
     realism_judge.draw_easiest(judged, real, figure)
-    accuracy = realism_judge.band_transfer(real, stamps, seeds, (epochs, -(-epochs // 2)), report)
+    stamps, _ = realism_judge.mock_stamps(config, TRANSFER_STAMPS, SEED + 2)
+    accuracy = realism_judge.band_transfer(real, stamps, seeds, TRANSFER_EPOCHS, report)
 
     def mean_error(found: Any) -> tuple[float, float]:
         return float(np.mean(found)), float(np.std(found, ddof=1) / np.sqrt(np.size(found)))

@@ -224,7 +224,7 @@ class PhysicsConfig(Config):
     from the scatter of the same medians."""
 
     # Photometric catalogue.
-    photometry_error_factor: PerBand = (1.38, 1.28, 1.54, 1.54, 1.49)
+    photometry_error_factor: PerBand = (1.46, 1.36, 1.54, 1.54, 1.56)
     """Errors of model fluxes over those of a perfect fit in this camera's noise: medians of the DR8 field, its
     extinction taken out; the ratio is the same within 10% from i = 17.5 to 20.5."""
     photometry_error_scatter_ln: float = Field(default=0.12, ge=0)

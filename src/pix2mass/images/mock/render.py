@@ -20,8 +20,8 @@ from scipy.special import erfcinv, gammainc, gammaincinv, i0e
 from pix2mass.images.mock.population import Sources
 from pix2mass.types import SDSS_PIXEL_SCALE_ARCSEC
 
-ERROR_NMGY = 9e-4
-"""Error allowed in a native pixel of 0.396": 6% of the lowest sky noise of the quietest band. In other pixels it grows
+ERROR_NMGY = 7.5e-4
+"""Error allowed in a native pixel of 0.396": 5% of the lowest sky noise of the quietest band. In other pixels it grows
 with their side, as the sky noise does."""
 
 FLUX_LOST = 2.5e-3
