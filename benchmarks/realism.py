@@ -50,7 +50,7 @@ FIELD_EBV_MAG, RED_EBV_MAG = 0.09, 0.026
 COLOURS = ("u-g", "g-r", "r-i", "i-z")
 COUNT_EDGES = np.arange(17.0, 21.01, 0.5)
 SEED = 1
-TRANSFER_STAMPS, TRANSFER_EPOCHS = 4000, (4, 5)
+TRANSFER_STAMPS, TRANSFER_EPOCHS = 2000, (5, 4)
 """Mock stamps to pretrain on, and passes over these and over the real ones."""
 Progress = Callable[[str, int, int], None]
 

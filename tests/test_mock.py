@@ -23,19 +23,6 @@ CENTRED = MockConfig.model_validate(
 SKY = MockConfig().physics
 
 
-def one_source(x=0.0, y=0.0, r50=0.0, axis_ratio=1.0, angle=0.0, n=0.0) -> Sources:
-    columns = {f.name: np.zeros(1) for f in fields(Sources)}
-    columns.update(
-        x_arcsec=np.array([x]),
-        y_arcsec=np.array([y]),
-        r50_arcsec=np.array([r50]),
-        axis_ratio=np.array([axis_ratio]),
-        angle_deg=np.array([angle]),
-        sersic_n=np.array([n]),
-    )
-    return Sources(**columns)
-
-
 def cluster(i=0, z=0.25, mass=14.5, richness=None) -> dict:
     row = {"id": f"c{i}", "z": z, "log10_m500c_true": mass, "ra_deg": 150.0, "dec_deg": 20.0}
     return row if richness is None else {**row, "richness_true": richness}

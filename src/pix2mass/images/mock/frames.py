@@ -31,7 +31,8 @@ from pix2mass.images.archive import Field, frame_path
 from pix2mass.images.frame import WCS_COLUMNS, tabulated_noise
 from pix2mass.images.frame_index import FrameIndex, unit_vectors
 from pix2mass.images.grid import pixel_scale_arcsec, tan_wcs, target_wcs
-from pix2mass.images.mock.population import Sources, galaxies, mean_richness, stream, value
+from pix2mass.images.mock.population import Sources, galaxies, mean_richness, reddening_mag, stream, value
+from pix2mass.images.mock.source import draw_camera
 from pix2mass.images.window import WINDOW_FLIST, to_great_circle, write_window_flist
 from pix2mass.types import (
     BANDS,
@@ -320,32 +321,6 @@ def _angles(direction: np.ndarray) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Camera:
-    """What ``MockSource`` draws for a cluster's picture, in ugriz: E(B-V), PSF widths (5,), noise of a pixel (5,) in
-    nanomaggies, and residual sky (5, 3) over that noise: level and change from centre to edge, westward and
-    northward."""
-
-    ebv_mag: float
-    psf_fwhm_arcsec: np.ndarray
-    sigma_nmgy: np.ndarray
-    residual: np.ndarray
-
-
-def _camera(cluster: Mapping[str, Any], config: MockConfig, seed: int) -> _Camera:
-    rng, physics, n = stream(seed, str(cluster["id"]), "camera"), config.physics, len(BANDS)
-    ebv = rng.uniform(config.ebv_min_mag, config.ebv_max_mag)
-    uniform, seeing, band_seeing, residual = rng.random(n), rng.normal(), rng.normal(size=n), rng.normal(size=(n, 3))
-    low, high = np.array([physics.pixel_sigma_min_nmgy, physics.pixel_sigma_max_nmgy])
-    scatter = physics.psf_scatter_ln * seeing + physics.psf_band_scatter_ln * band_seeing
-    return _Camera(
-        ebv_mag=float(ebv),
-        psf_fwhm_arcsec=np.array(physics.psf_fwhm_arcsec) * np.exp(scatter),
-        sigma_nmgy=low * (high / low) ** uniform,
-        residual=physics.sky_residual_sigma * residual + np.array([physics.sky_offset_sigma, 0.0, 0.0]),
-    )
-
-
-@dataclass(frozen=True, eq=False)
 class _Chip:
     """One band of a strip: calibration (cols,), sky (cols,) in counts, gain, dark variance, and shift (cols, rows)."""
 
@@ -362,7 +337,7 @@ class _Painter:
     def __init__(self, group: _Group, config: MockConfig, seed: int, shape: tuple[int, int]) -> None:
         self.group, self.config, self.seed, self.shape = group, config, seed, shape
         self.identity = str(group.clusters[0]["id"])
-        self.camera = _camera(group.clusters[0], config, seed)
+        self.camera, _ = draw_camera(group.clusters[0], config, seed)
         rng = stream(seed, self.identity, "run")
         self._calib = [NMGY_PER_COUNT[band] * math.exp(CALIB_SCATTER_LN * rng.normal()) for band in BANDS]
         self._offsets = rng.integers(-BAND_OFFSET_PX, BAND_OFFSET_PX + 1, (len(BANDS), 2)).tolist()
@@ -401,7 +376,7 @@ class _Painter:
                 closeness = unit_vectors(ra, dec) @ _directions(clusters).T
                 sources = sources[sources.is_member | (closeness.argmax(axis=1) == i)]
             placed.append(on_pixels(sources, float(row["ra_deg"]), float(row["dec_deg"]), strip.wcs))
-            fluxes.append(dimmed_flux(sources.mag, _camera(row, self.config, self.seed).ebv_mag))
+            fluxes.append(dimmed_flux(sources.mag, reddening_mag(row, self.config, self.seed)))
         columns = {f.name: np.concatenate([getattr(part, f.name) for part in placed]) for f in fields(Sources)}
         return Sources(**columns), np.concatenate(fluxes)
 

@@ -239,12 +239,26 @@ def render(
     error = ERROR_NMGY * pixel_scale_arcsec / SDSS_PIXEL_SCALE_ARCSEC
     psf_sigma = psf_fwhm_arcsec / psf_fwhm_per_sigma(psf_components) / pixel_scale_arcsec
     brightest = np.abs(flux).max(axis=1)
+    psf_shares, ratios = np.array(sorted(psf_components, key=lambda component: component[1]), float).T
+    shares = np.tile(psf_shares, (len(brightest), 1))
+    # Wings too faint to be seen go to the next narrower Gaussian, where their light is still below the error.
+    for k in range(len(ratios) - 1, 0, -1):
+        area = 2 * np.pi * ((ratios[k - 1] * psf_sigma.min()) ** 2 + _PIXEL_BLUR**2)
+        unseen = shares[:, k] * brightest < error * area
+        shares[unseen, k - 1] += shares[unseen, k]
+        shares[unseen, k] = 0.0
     parts = []
-    for psf_share, ratio in psf_components:
+    for k, ratio in enumerate(ratios):
+        index = np.flatnonzero(shares[:, k])
         owner, share, *geometry = _axis_parallel_gaussians(
-            sources, abs(psf_share) * brightest, pixel_scale_arcsec, ratio * float(psf_sigma.min()), error
+            sources[index],
+            shares[index, k] * brightest[index],
+            pixel_scale_arcsec,
+            ratio * float(psf_sigma.min()),
+            error,
         )
-        parts.append((owner, psf_share * share, *geometry, np.full(len(owner), ratio)))
+        owner = index[owner]
+        parts.append((owner, shares[owner, k] * share, *geometry, np.full(len(owner), ratio)))
     gaussians = _Gaussians(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
     # A Gaussian is drawn to where it falls below the error, and at least until little of the flux is missing.
     widest = np.sqrt(np.maximum(gaussians.variance_x, gaussians.variance_y) + (gaussians.ratio * psf_sigma.max()) ** 2)

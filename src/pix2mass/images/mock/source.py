@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from pix2mass.config import GridConfig, MockConfig
@@ -20,6 +22,46 @@ from pix2mass.types import (
 CATALOGUE_WIDTH_KPC = 4000.0
 """Width of the box of the galaxy catalogue: it holds R_c of a cluster with lambda 300 (1.8 Mpc) and its
 surroundings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Camera:
+    """The mock survey's camera and sky in front of one cluster.
+
+    Attributes:
+        ebv_mag: Galactic reddening E(B-V).
+        psf_fwhm_arcsec: (5,) PSF widths.
+        sigma_nmgy: (5,) noise of a native 0.396" pixel without sources.
+        residual: (5, 3) what the subtraction of the sky leaves, over that noise: level, and change from the centre to
+            an edge, westward and northward.
+    """
+
+    ebv_mag: float
+    psf_fwhm_arcsec: np.ndarray
+    sigma_nmgy: np.ndarray
+    residual: np.ndarray
+
+
+def draw_camera(cluster: ROW, config: MockConfig, seed: int) -> tuple[Camera, np.random.Generator]:
+    """The camera of a cluster's picture, and the random numbers that its noise comes from next.
+
+    Args:
+        cluster: its id decides.
+        config: the mock survey.
+        seed: seed of the sky.
+    """
+    rng, physics, n = stream(seed, str(cluster["id"]), "camera"), config.physics, len(BANDS)
+    ebv_mag = float(rng.uniform(config.ebv_min_mag, config.ebv_max_mag))
+    uniform, seeing, band_seeing, residual = rng.random(n), rng.normal(), rng.normal(size=n), rng.normal(size=(n, 3))
+    low, high = np.array([physics.pixel_sigma_min_nmgy, physics.pixel_sigma_max_nmgy])
+    scatter = physics.psf_scatter_ln * seeing + physics.psf_band_scatter_ln * band_seeing
+    camera = Camera(
+        ebv_mag=ebv_mag,
+        psf_fwhm_arcsec=np.array(physics.psf_fwhm_arcsec) * np.exp(scatter),
+        sigma_nmgy=low * (high / low) ** uniform,
+        residual=physics.sky_residual_sigma * residual + np.array([physics.sky_offset_sigma, 0.0, 0.0]),
+    )
+    return camera, rng
 
 
 class MockSource:
@@ -72,31 +114,24 @@ class MockSource:
         # Light of sources just outside reaches into the picture.
         sources = population.galaxies(cluster, self.config, width + 30.0, self.seed, background=True)
 
-        rng = stream(self.seed, str(cluster["id"]), "camera")
         # All five bands are drawn even if fewer are kept: a band's pixels do not depend on the choice of the others.
-        ebv = rng.uniform(self.config.ebv_min_mag, self.config.ebv_max_mag)
-        uniform, seeing, band_seeing = rng.random(len(BANDS)), rng.normal(), rng.normal(size=len(BANDS))
-        residual = physics.sky_residual_sigma * rng.normal(size=(len(BANDS), 3))
+        camera, rng = draw_camera(cluster, self.config, self.seed)
         noise = rng.normal(size=(len(BANDS), n_pixels, n_pixels))
 
         index = [BANDS.index(band) for band in bands]
-        fwhm = np.array(physics.psf_fwhm_arcsec) * np.exp(
-            physics.psf_scatter_ln * seeing + physics.psf_band_scatter_ln * band_seeing
-        )
-        extinction = ebv * np.array([EXTINCTION_PER_EBV[band] for band in BANDS])
+        extinction = camera.ebv_mag * np.array([EXTINCTION_PER_EBV[band] for band in BANDS])
         flux = 10 ** (-0.4 * (sources.mag + extinction - NANOMAGGY_ZEROPOINT_MAG))
+        fwhm = camera.psf_fwhm_arcsec
         model = render(sources, flux, fwhm, n_pixels, scale, psf_components=physics.psf_components)[index]
 
-        low, high = np.array([physics.pixel_sigma_min_nmgy, physics.pixel_sigma_max_nmgy])[:, index]
-        native_sigma = (low * (high / low) ** uniform[index])[:, None, None]
+        native_sigma = camera.sigma_nmgy[index, None, None]
         native_per_pixel = (scale / SDSS_PIXEL_SCALE_ARCSEC) ** 2
         electron = np.array(physics.nmgy_per_electron)[index, None, None]
         sigma = np.sqrt(native_sigma**2 * native_per_pixel + electron * np.maximum(model, 0))
         # Photons are counted: Poisson numbers of this variance have this skewness (Cornish & Fisher 1938, first order).
         skewed = noise[index] + electron / sigma / 6 * (noise[index] ** 2 - 1)
         ramp = np.linspace(-1, 1, n_pixels)
-        level, right, up = (residual[index, k][:, None, None] for k in range(3))
-        level = level + physics.sky_offset_sigma
+        level, right, up = (camera.residual[index, k][:, None, None] for k in range(3))
         sky = (level + right * ramp + up * ramp[:, None]) * native_sigma * native_per_pixel
         saturation = np.array(physics.saturation_nmgy)[index, None, None] * native_per_pixel
         return Cutout(
