@@ -82,11 +82,13 @@ def test_flux_is_conserved_and_stays_in_place(ratio, angle, x, y, sigma_px, dec)
     wcs = target_wcs(RA, dec, NATIVE * ratio, n_pixels)
     out, _, coverage = resample(flux, np.ones_like(flux), None, source_wcs, wcs, n_pixels)
     rows, cols = np.indices(out.shape)
-    assert (out * coverage).sum(dtype=float) == pytest.approx(flux.sum(), rel=2e-3)
+    # The sub-pixel tables do not conserve the flux of sharp sources exactly; 0.5% is what is promised.
+    assert (out * coverage).sum(dtype=float) == pytest.approx(flux.sum(), rel=5e-3)
     if ratio < 1.2 * sigma_px:  # on coarser grids the pixels are too few for a centroid
         tx, ty = wcs.world_to_pixel_values(ra_deg, dec_deg)
-        assert (out * coverage * cols).sum() / flux.sum() == pytest.approx(float(tx), abs=0.05 / ratio)
-        assert (out * coverage * rows).sum() / flux.sum() == pytest.approx(float(ty), abs=0.05 / ratio)
+        found = out * coverage
+        assert (found * cols).sum() / found.sum() == pytest.approx(float(tx), abs=0.05 / ratio)
+        assert (found * rows).sum() / found.sum() == pytest.approx(float(ty), abs=0.05 / ratio)
 
 
 @pytest.mark.parametrize("angle", [0.0, 17.0, 45.0, 90.0])
