@@ -130,7 +130,7 @@ class Slow(ToySource):
         time.sleep(0.002)
         return super().cutout(cluster)
 grid = GridConfig(bands="gri", n_pixels=16)
-catalog = toy_catalog(40, 5)
+catalog = toy_catalog(160, 5)
 chance = random.Random({seed})
 for _ in range({kills}):
     pid = os.fork()
@@ -230,7 +230,7 @@ def test_locks_of_living_dead_and_far_away_builds(tmp_path, kind):
 def test_killed_at_many_random_moments(tmp_path, monkeypatch):
     monkeypatch.setattr(image_store, "_SHARD_BYTES", 2 * 4 * 3 * 16 * 16)
     path = tmp_path / "s.zarr"
-    catalog, killed = toy_catalog(40, 5), []
+    catalog, killed = toy_catalog(160, 5), []
     for seed in range(10):
         killed += [one for one in victims(path, seed, 6, 0.12) if one[0]]
         if sum(sealing for _, _, sealing in killed) >= 6:
