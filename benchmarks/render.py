@@ -10,7 +10,7 @@ tighter settings and from galaxies drawn alone, on the same galaxies and on 400 
 included; GalSim draws the same sources into the same picture without either.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/render.py [--galaxies 2000] [--clusters 50] [--galsim-clusters 50]. GalSim
-needs some six seconds per cluster. Mock data, seed 1.
+needs minutes per cluster. Mock data, seed 1.
 """
 
 from __future__ import annotations

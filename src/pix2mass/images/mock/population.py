@@ -51,7 +51,7 @@ DEEPEST_R_MAG, BACKGROUND_R_MAG = 23.0, 22.0
 from the second on what the growth of numbers with redshift adds."""
 
 STAR_BRIGHTEST_R_MAG, STAR_BREAK_R_MAG = 9.0, 14.0
-"""Brighter stars saturate SDSS and are left out."""
+"""Magnitude of the brightest stars drawn, and where the slope of their counts changes."""
 
 STAR_LOCUS = np.array(
     # g-i, u-g, g-r, r-i, i-z
