@@ -226,7 +226,8 @@ class PhysicsConfig(Config):
     # Photometric catalogue.
     photometry_error_factor: PerBand = (1.46, 1.36, 1.54, 1.54, 1.56)
     """Errors of model fluxes over those of a perfect fit in this camera's noise: medians of the DR8 field, its
-    extinction taken out, raised in u, g and z as the range of the pixel noise was lowered; the ratio is the same within 10% from i = 17.5 to 20.5."""
+    extinction taken out, raised in u, g and z as the range of the pixel noise was lowered; the ratio is the same within
+    10% from i = 17.5 to 20.5."""
     photometry_error_scatter_ln: float = Field(default=0.12, ge=0)
     """Scatter of those errors, common to the bands, beside that of the sizes: what is left in the DR8 field."""
     blend_arcsec: float = Field(default=2.1, ge=0)
