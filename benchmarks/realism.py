@@ -459,7 +459,7 @@ def main() -> None:
     parts = [
         pixels(options.data, config, 30 // share),
         field(options.data, config, 120 // share),
-        red_sequence(options.data, config, 480 // share),
+        red_sequence(options.data, config, 2000 // share),
         difficulty(config, 480 // share),
     ]
     if not options.without_networks:

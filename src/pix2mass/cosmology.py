@@ -21,6 +21,11 @@ def cosmology():
     return FlatLambdaCDM(H0=H0_KM_S_MPC, Om0=OMEGA_M)
 
 
+@cache
+def _critical_density_0_msun_kpc3() -> float:
+    return float(cosmology().critical_density0.to_value("Msun / kpc3"))
+
+
 def kpc_per_arcsec(z: ArrayLike) -> np.ndarray:
     """Proper transverse size of one arcsecond, in kpc, at redshift ``z`` (z > 0)."""
     return cosmology().kpc_proper_per_arcmin(np.asarray(z, float)).value / 60.0
@@ -28,7 +33,7 @@ def kpc_per_arcsec(z: ArrayLike) -> np.ndarray:
 
 def r500c_kpc(log10_m500c: ArrayLike, z: ArrayLike) -> np.ndarray:
     """Radius in proper kpc that encloses 500 times the critical density at ``z``: M = (4/3) pi 500 rho_c r^3."""
-    rho_c_msun_kpc3 = cosmology().critical_density(np.asarray(z, float)).to_value("Msun / kpc3")
+    rho_c_msun_kpc3 = _critical_density_0_msun_kpc3() * cosmology().efunc(np.asarray(z, float)) ** 2
     return np.cbrt(3.0 * 10.0 ** np.asarray(log10_m500c, float) / (4.0 * np.pi * 500.0 * rho_c_msun_kpc3))
 
 

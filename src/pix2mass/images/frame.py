@@ -140,7 +140,7 @@ class Frame:
     x_interp: np.ndarray
     y_interp: np.ndarray
 
-    def exposure(self, gain: float, dark_variance: float) -> Exposure:
+    def exposure(self, gain: float, dark_variance: float, room: np.ndarray | None = None) -> Exposure:
         """The frame with its noise: counts = f / calib + sky, variance = calib^2 (counts / gain + dark variance).
 
         Source: SDSS frame data model.
@@ -148,12 +148,14 @@ class Frame:
         Args:
             gain: electrons per count.
             dark_variance: counts^2.
+            room: array that may be written over, for the pixels; a new one where it does not fit or is not given.
         """
         height, width = self.sky.shape
         low_x, share_x = _below(self.x_interp, width)
         low_y, share_y = _below(self.y_interp, height)
         sky = self.sky[:, low_x] * (1.0 - share_x) + self.sky[:, np.minimum(low_x + 1, width - 1)] * share_x
-        pixels = np.empty((*self.flux.shape, 2), np.float32)
+        shape = (*self.flux.shape, 2)
+        pixels = room if room is not None and room.shape == shape else np.empty(shape, np.float32)
         hot = np.empty(self.flux.size, np.int32)
         numbers = np.array([gain, dark_variance, SATURATION_COUNTS], np.float32)
         n_hot = flux_and_variance(self.flux.view(np.uint32), self.calib, sky, low_y, share_y, numbers, pixels, hot)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 
+import numpy as np
+
 from pix2mass.images.archive import BadFrame, Field
 from pix2mass.images.frame import Exposure
 
@@ -23,6 +25,9 @@ _FRAMES = 45
 
 _FRAMES_UNORDERED = 15
 """The same where it is not: three fields in five bands."""
+
+_SPARE = 5
+"""Arrays of dropped frames that are kept for the next ones."""
 
 _AHEAD = 10
 """Frames unpacked before their turn: two fields in five bands."""
@@ -126,7 +131,7 @@ class FrameQueue:
     def __init__(
         self,
         read: Callable[[FrameKey], bytes | BadFrame],
-        expose: Callable[[FrameKey, bytes | BadFrame], Exposure | BadFrame],
+        expose: Callable[[FrameKey, bytes | BadFrame, np.ndarray | None], Exposure | BadFrame],
         drop: Callable[[FrameKey], None],
         threads: int,
     ) -> None:
@@ -134,7 +139,8 @@ class FrameQueue:
 
         Args:
             read: gives the unpacked content of a frame; called in threads.
-            expose: makes the frame from it; called by the thread that uses the queue.
+            expose: makes the frame from it, in the given array where that has the right shape, as nobody needs what it
+                holds any more; called by the thread that uses the queue.
             drop: called after a frame's last use.
             threads: that read.
         """
@@ -146,6 +152,7 @@ class FrameQueue:
         self._coming: dict[FrameKey, Future[bytes | BadFrame]] = {}
         self._wanted: Iterator[FrameKey] = iter(())
         self._position: int | None = None
+        self._spare: list[np.ndarray] = []
 
     def begin(self, place: Hashable, needed: Sequence[FrameKey]) -> None:
         """Begin a cutout.
@@ -177,11 +184,11 @@ class FrameQueue:
                 content = self._coming[key].result()
             finally:
                 del self._coming[key]
-            self.frames[key] = self._expose(key, content)
+            self.frames[key] = self._expose(key, content, self._spare.pop() if self._spare else None)
         self.frames.move_to_end(key)
         while len(self.frames) > self._limit:
             others = [other for other in self.frames if other != key]
-            del self.frames[max(others, key=lambda other: self._next_use(other) or math.inf)]
+            self._forget(max(others, key=lambda other: self._next_use(other) or math.inf))
         self._fill()
         return self.frames[key]
 
@@ -189,14 +196,20 @@ class FrameQueue:
         """End a cutout: frames that no later one needs go."""
         if self._position is not None:
             for key in [key for key in self.frames if self._next_use(key) is None]:
-                del self.frames[key]
+                self._forget(key)
                 self._drop(key)
 
     def close(self) -> None:
         """Stop the threads and forget the frames."""
         self._pool.shutdown(cancel_futures=True)
         self._coming.clear()
-        self.frames = OrderedDict()
+        self.frames, self._spare = OrderedDict(), []
+
+    def _forget(self, key: FrameKey) -> None:
+        frame = self.frames.pop(key)
+        # New memory costs as much as filling it: one field's frames are written over those of another.
+        if isinstance(frame, Exposure) and len(self._spare) < _SPARE:
+            self._spare.append(frame.pixels)
 
     @property
     def _limit(self) -> int:

@@ -254,7 +254,7 @@ class FrameSource:
         except BadFrame as problem:
             return problem
 
-    def _expose(self, key: FrameKey, content: bytes | BadFrame) -> Exposure | BadFrame:
+    def _expose(self, key: FrameKey, content: bytes | BadFrame, room: np.ndarray | None) -> Exposure | BadFrame:
         """The frame with its noise, or why it cannot be used."""
         field, band = key
         try:
@@ -265,7 +265,7 @@ class FrameSource:
             warnings.warn(f"{self._archive}/{self._path(key)}: {problem}; band {band} is missing", stacklevel=4)
             return problem
         noise, k = self._field_noise(field), BANDS.index(band)
-        return frame.exposure(noise.gain[k], noise.dark_variance[k])
+        return frame.exposure(noise.gain[k], noise.dark_variance[k], room)
 
     def _drop(self, key: FrameKey) -> None:
         self._archive.drop(self._path(key))

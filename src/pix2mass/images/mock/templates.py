@@ -43,26 +43,26 @@ class Templates:
 
     def red_magnitudes(self, z: np.ndarray) -> np.ndarray:
         """Relative magnitudes of red-sequence galaxies at m*, shape (n, 5)."""
-        return _interpolate_rows(self.z, self.red, z)
+        left, fraction = self._place(z)
+        return (1 - fraction) * self.red[left] + fraction * self.red[left + 1]
 
     def blend_magnitudes(self, z: np.ndarray, young_share: np.ndarray) -> np.ndarray:
         """Relative magnitudes of galaxies with the given share of young light in r at z = 0.1, shape (n, 5)."""
         position = np.clip(young_share, 0.0, 1.0) * (len(self.blend) - 1)
         lower = np.minimum(position.astype(int), len(self.blend) - 2)
         weight = (position - lower)[:, None]
-        step = self.z[1] - self.z[0]
-        column = np.clip(z / step, 0, len(self.z) - 1.001)
-        left = column.astype(int)
-        fraction = (column - left)[:, None]
+        left, fraction = self._place(z)
 
         def at(row: np.ndarray) -> np.ndarray:
             return (1 - fraction) * self.blend[row, left] + fraction * self.blend[row, left + 1]
 
         return (1 - weight) * at(lower) + weight * at(lower + 1)
 
-
-def _interpolate_rows(grid: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    return np.stack([np.interp(at, grid, column) for column in values.T], axis=-1)
+    def _place(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Entry of the even grid below each redshift (n,), and the share of the way to the next one (n, 1)."""
+        place = np.clip(z / (self.z[1] - self.z[0]), 0, len(self.z) - 1.001)
+        left = place.astype(int)
+        return left, (place - left)[:, None]
 
 
 @cache
