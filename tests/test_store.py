@@ -239,6 +239,15 @@ def test_a_store_lies_at_any_url(tmp_path, monkeypatch):
         ImageStore.open("nowhere://x")
 
 
+def test_a_place_that_does_not_answer_is_named(monkeypatch):
+    def refuse(self, key):
+        raise PermissionError("no credentials")
+
+    monkeypatch.setattr("zarr.storage.FsspecStore.exists", refuse)
+    with pytest.raises(Pix2massError, match="memory://a/b: the place does not answer: PermissionError: no credentials"):
+        ImageStore.open("memory://a/b")
+
+
 def test_the_build_says_what_it_did(tmp_path):
     class Counts(ToySource):
         def statistics(self):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -140,17 +141,7 @@ class CutoutSource:
             flags |= Flag.MISSING_BAND
         if not inside[present].all():
             flags |= Flag.PARTLY_OUTSIDE
-        return Cutout(
-            cutout.flux,
-            cutout.sigma,
-            cutout.mask,
-            bands,
-            position.ra_deg,
-            position.dec_deg,
-            scale,
-            cutout.psf_fwhm_arcsec,
-            flags,
-        )
+        return replace(cutout, flags=flags)
 
 
 def _check_id(value: Any) -> str:

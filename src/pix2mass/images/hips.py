@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import time
 import warnings
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -159,17 +160,7 @@ class HipsSource:
             flags |= Flag.MISSING_BAND
         if cutout.mask[present].any():
             flags |= Flag.PARTLY_OUTSIDE
-        return Cutout(
-            cutout.flux,
-            cutout.sigma,
-            cutout.mask,
-            bands,
-            position.ra_deg,
-            position.dec_deg,
-            scale,
-            cutout.psf_fwhm_arcsec,
-            flags | Flag.SIGMA_APPROXIMATE,
-        )
+        return replace(cutout, flags=flags | Flag.SIGMA_APPROXIMATE)
 
     def _fetch(self, name: str, hips: str, wcs: WCS) -> tuple[np.ndarray, WCS]:
         """Image (n, n) and its WCS."""

@@ -30,7 +30,7 @@ class Place:
         location: a ``Path`` for local folders and ``file://`` URLs, else the URL.
 
     Raises:
-        Pix2massError: nothing here can open the URL.
+        Pix2massError: nothing here can open the URL, or nothing answers there.
     """
 
     def __init__(self, location: str | Path) -> None:
@@ -48,6 +48,14 @@ class Place:
                 f"{location}: cannot open this kind of URL: {error}; expected a folder or a URL whose fsspec package "
                 "is installed (pip install s3fs for s3://, gcsfs for gs://)"
             ) from None
+        if not isinstance(self.location, Path):
+            try:
+                self.exists("zarr.json")
+            except Exception as error:  # each service has errors of its own
+                raise Pix2massError(
+                    f"{location}: the place does not answer: {type(error).__name__}: {error}; check the URL, the "
+                    "network and the credentials that its fsspec package takes"
+                ) from None
 
     @property
     def in_memory(self) -> bool:
