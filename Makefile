@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 PYTEST_ARGS ?= -n auto --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo gallery test lint format clean
+.PHONY: help demo docs gallery test lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1	/'
@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP) ## the whole method on a mock sky: images, both networks, scores, report.html
 	$(BIN)/pix2mass demo
+
+docs: $(STAMP) ## these pages as a site, docs/build/site/index.html, with the tutorial run; warnings are errors
+	$(BIN)/sphinx-build -W --keep-going -q -b html -d docs/build/doctrees docs docs/build/site
 
 gallery: $(STAMP) ## pictures of the mock sky in docs/build/, real ones beside where PIX2MASS_DATA is set
 	$(BIN)/python docs/gallery.py
@@ -37,5 +40,5 @@ format: $(STAMP) ## sort imports, mend what can be mended, format
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and all caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist docs/build
 	find src tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

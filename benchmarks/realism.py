@@ -404,7 +404,9 @@ def networks(data: Path, config: MockConfig, epochs: int, seeds: int, figure: Pa
 
     auc, auc_error = mean_error(list(judged.auc.values()))
     null, null_error = mean_error(list(judged.null.values()))
-    gain, gain_error = mean_error(accuracy["mock_then_real"] - accuracy["real_only"])
+    pairs = accuracy["mock_then_real"] - accuracy["real_only"]
+    gain, gain_error = mean_error(pairs)
+    field_error = mean_error(pairs.mean(axis=0))[1]
     mean = {kind: float(found.mean()) for kind, found in accuracy.items()}
     rows = [
         Row("ROC area, real against mock", "", f"{auc:.3f} +- {auc_error:.3f} (fields)", "at most 0.75", auc <= 0.75),
@@ -426,6 +428,7 @@ def networks(data: Path, config: MockConfig, epochs: int, seeds: int, figure: Pa
             "gain over one error",
             gain > gain_error,
         ),
+        Row("  error of the gain, fields as units", "", f"{field_error:.4f}", "", None),
         Row("  trained on mock alone", "", f"{mean['mock_only']:.3f}", "", None),
     ]
     values = {
@@ -437,6 +440,7 @@ def networks(data: Path, config: MockConfig, epochs: int, seeds: int, figure: Pa
         "auc_null": null,
         "band_accuracy_gain": gain,
         "band_accuracy_gain_error": gain_error,
+        "band_accuracy_gain_error_of_fields": field_error,
         **{f"band_accuracy_{kind}": value for kind, value in mean.items()},
     }
     return rows, values

@@ -10,6 +10,7 @@ from astropy.table import QTable
 
 from pix2mass.catalog import check_catalog
 from pix2mass.config import GridConfig
+from pix2mass.images.grid import pixel_scale_arcsec
 from pix2mass.types import BANDS, Cutout, Flag, empty_cutout
 
 COLOUR = {"u": 0.1, "g": 0.4, "r": 1.0, "i": 1.5, "z": 2.0}
@@ -50,8 +51,9 @@ class ToySource:
             raise RuntimeError("the source broke")
         self.made.append(str(cluster["id"]))
         n, bands = self.grid.n_pixels, self.grid.bands
+        scale = pixel_scale_arcsec(self.grid, float(cluster["z"])) if np.isfinite(cluster["z"]) else 5.0
         if str(cluster["id"]).startswith("outside"):
-            return empty_cutout(bands, n, float(cluster["ra_deg"]), float(cluster["dec_deg"]), 5.0, Flag.OUTSIDE)
+            return empty_cutout(bands, n, float(cluster["ra_deg"]), float(cluster["dec_deg"]), scale, Flag.OUTSIDE)
         # Python's own hash of a string changes from run to run.
         rng = np.random.default_rng(list(str(cluster["id"]).encode()))
         y, x = np.mgrid[:n, :n] - (n - 1) / 2
@@ -71,6 +73,6 @@ class ToySource:
             bands=bands,
             ra_deg=float(cluster["ra_deg"]),
             dec_deg=float(cluster["dec_deg"]),
-            pixel_scale_arcsec=5.0,
+            pixel_scale_arcsec=scale,
             psf_fwhm_arcsec=np.full(len(bands), 1.3, np.float32),
         )

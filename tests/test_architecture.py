@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "pix2mass"
 
 _GROUND = {"types", "config", "cosmology"}
-_NETWORKS = _GROUND | {"run", "store", "distribute", "model"}
+_NETWORKS = _GROUND | {"run", "store", "distribute", "model", "calibrate", "trust"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "cosmology": set(),
@@ -22,10 +22,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "images": _GROUND | {"distribute"},
     "model": _GROUND,
     "richness": _GROUND,
+    "calibrate": {"types"},
+    "trust": set(),
+    "weights": {"types", "run"},
     "distribute": {"types"},
     "store": _GROUND | {"catalog", "distribute"},
     "train": _NETWORKS,
-    "predict": _NETWORKS,
+    "predict": _NETWORKS | {"catalog", "weights"},
     "evaluate": _NETWORKS | {"catalog", "richness", "train", "predict"},
     "explain": {"types", "config", "cosmology", "run", "store", "predict", "model"},
     "report": {"types", "run", "cosmology"},

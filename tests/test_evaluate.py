@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from astropy.table import QTable
 
-from pix2mass.evaluate import baselines, evaluate, paired_difference, scores
+from pix2mass.calibrate import Posterior
+from pix2mass.evaluate import baselines, calibration_scores, evaluate, paired_difference, scores
 from pix2mass.types import Pix2massError
 
 
@@ -69,14 +70,10 @@ def catalog(rng: np.random.Generator, n: int = 90, mock: bool = True) -> tuple[Q
 def results(table: QTable, fold: np.ndarray, scatter: float, rng: np.random.Generator) -> QTable:
     truth = table["log10_m500c_true"] if "log10_m500c_true" in table.colnames else table["log10_m500c"]
     estimate = np.asarray(truth) + scatter * rng.standard_normal(len(table))
-    return QTable(
-        {
-            "id": table["id"],
-            "fold": fold,
-            "log10_m500c": estimate,
-            "log10_m500c_err": np.full(len(table), max(scatter, 0.02)),
-        }
-    )
+    shape = np.eye(12)[5]  # one Gaussian of width 0.6 of the scale
+    posterior = Posterior(estimate, np.full(len(table), max(scatter, 0.02) / 0.6), np.tile(shape, (len(table), 1)))
+    meta = {"shape_of_fold": [shape.tolist()] * 3}
+    return QTable({"id": table["id"], "fold": fold, **posterior.columns()}, meta=meta)
 
 
 def test_baselines_do_not_see_the_labels_they_are_tested_on(rng):
@@ -187,3 +184,58 @@ def test_clusters_without_a_richness_do_not_remove_the_rival(rng):
     }
     assert metrics["mae_richness_dex"] == pytest.approx(same["richness"])
     assert metrics["ratio_to_richness"] == pytest.approx(same["network"] / same["richness"])
+
+
+def calibrated(n: int, rng: np.random.Generator, factor: float) -> tuple[Posterior, np.ndarray]:
+    """Normal posteriors of 0.2 dex, and true masses that scatter by a factor more."""
+    centre, shape = rng.uniform(13.8, 15.2, n), np.eye(12)[5]
+    posterior = Posterior(centre, np.full(n, 0.2 / 0.6), np.tile(shape, (n, 1)))
+    return posterior, centre + factor * 0.2 * rng.standard_normal(n)
+
+
+def test_coverage_is_counted_overall_and_in_bins(rng):
+    posterior, true = calibrated(3000, rng, 1.0)
+    z = rng.uniform(0.1, 0.4, 3000)
+    found = calibration_scores(posterior, true, np.zeros(3000), z, 1000, "true")
+    rows = found["coverage"]
+    assert [row["what"] for row in rows] == ["all"] + 3 * ["predicted_mass"] + 3 * ["z"] + 3 * ["true_mass"]
+    assert [row["target"] for row in rows] == 7 * [True] + 3 * [False]
+    assert [row["n"] for row in rows] == [3000] + 9 * [1000] and all(row["met"] for row in rows[:7])
+    assert rows[0]["coverage_68"] == pytest.approx(0.68, abs=0.03) and rows[0]["low"] is None
+    # 3,000 clusters, and 1,000 that the calibration saw.
+    assert rows[0]["coverage_68_error"] == pytest.approx(np.sqrt(0.68 * 0.32 * (1 / 3000 + 1 / 1000)))
+    assert rows[1]["coverage_95_error"] == pytest.approx(np.sqrt(0.95 * 0.05 * (1 / 1000 + 3 / 1000)))
+    assert sum(found["pit"]) == 3000 and np.ptp(found["pit"]) < 100 and found["pit_kind"] == "true masses"
+    assert found["crps_dex"] == pytest.approx(0.2 / np.sqrt(np.pi), rel=0.03)
+    overconfident = calibration_scores(*calibrated(3000, rng, 1.5), np.zeros(3000), z, 1000, "true")
+    assert not any(row["met"] for row in overconfident["coverage"][:7])
+
+
+def test_labels_are_covered_with_their_errors(rng):
+    posterior, true = calibrated(3000, rng, 1.0)
+    label = true + 0.2 * rng.standard_normal(3000)
+    z = np.full(3000, np.nan)
+    found = calibration_scores(posterior, label, np.full(3000, 0.2), z, 3000, "label")
+    assert found["coverage"][0]["coverage_68"] == pytest.approx(0.68, abs=0.03)
+    assert {row["what"] for row in found["coverage"]} == {"all", "predicted_mass", "label_mass"}
+    assert found["pit_kind"] == "labels, their errors included"
+
+
+def test_metrics_hold_the_calibration_and_the_shrinkage(rng):
+    table, fold = catalog(rng)
+    out_of_fold, shuffled = results(table, fold, 0.1, rng), results(table, fold, 1.0, rng)
+    metrics, predictions = evaluate(table, out_of_fold, shuffled, 1, {})
+    calibration = metrics["calibration"]
+    assert sum(calibration["pit"]) == 90 and metrics["coverage_68"] == calibration["coverage"][0]["coverage_68"]
+    # The labels are flat over 1.6 dex: a forecast of their distribution scores a sixth of that on average.
+    assert calibration["crps_constant_dex"] == pytest.approx(1.6 / 6, rel=0.15)
+    assert calibration["crps_dex"] < 0.3 * calibration["crps_constant_dex"]
+    assert metrics["shrinkage"]["slope_raw"] == pytest.approx(1, abs=0.1)
+    np.testing.assert_array_equal(
+        np.histogram(predictions["pit"], 10, (0, 1))[0],
+        calibration["pit"],
+    )
+    assert (predictions["q16"] < predictions["log10_m500c"]).all()
+    del out_of_fold.meta["shape_of_fold"]
+    with pytest.raises(Pix2massError, match="train again"):
+        evaluate(table, out_of_fold, shuffled, 1, {})

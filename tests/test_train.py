@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 from _toy import ToySource, toy_catalog
+from astropy.table import QTable
 
 from pix2mass.config import GridConfig, PretrainConfig, TrainConfig
 from pix2mass.model import Encoder
-from pix2mass.predict import Predictor
+from pix2mass.predict import Predictor, predict
 from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore, build
 from pix2mass.train import (
+    RichnessBlend,
     _EpochSampler,
     _is_whole,
     band_confusion,
-    error_scale,
     leave_one_group_out,
     load_encoder,
     pretrain,
@@ -109,7 +110,7 @@ def test_frozen_features_are_computed_once(pretrained, toy, tmp_path, monkeypatc
     forward = Encoder.forward
     monkeypatch.setattr(Encoder, "forward", lambda self, image: (seen.append(len(image)), forward(self, image))[1])
     train(store, catalog, folds(90), copy(pretrained, tmp_path / "run"), TRAIN, 1)
-    assert sum(seen) == 1 + 90 * 3 * TRAIN.views  # one image asks for the shapes
+    assert sum(seen) == 3 * (1 + 90 * TRAIN.views)  # one cluster asks for the shapes
 
 
 def test_same_seed_same_numbers(pretrained, toy, tmp_path):
@@ -296,15 +297,6 @@ def test_confusion_counts_every_image(toy, pretrained):
     assert confusion.tolist() == [[0, 0, 90]] * 3
 
 
-def test_error_scale_finds_the_factor():
-    rng = np.random.default_rng(7)
-    n, sigma, label_err = 20_000, 0.2, 0.12
-    mean = 14.5 + np.zeros(n)
-    true = mean + 1.5 * sigma * rng.standard_normal(n)
-    label = true + label_err * rng.standard_normal(n)
-    assert error_scale(mean, np.full(n, sigma), label, np.full(n, label_err)) == pytest.approx(1.5, abs=0.05)
-
-
 def test_epochs_shuffle_differently_but_reproducibly():
     sampler = _EpochSampler(50, seed=3)
     first = list(sampler)
@@ -329,3 +321,90 @@ def test_a_checkpoint_cut_off_by_a_kill_is_not_trusted(tmp_path, content):
     path.write_bytes(path.read_bytes()[:300] if content is None else content)
     assert not _is_whole(path)
     assert not _is_whole(tmp_path / "none.ckpt")
+
+
+# ---- other tasks, other networks -----------------------------------------------------------------------------------
+
+
+def test_contrastive_pretraining_matches_views_and_tells_no_bands(toy, tmp_path):
+    catalog, store = toy
+    folder = RunFolder(tmp_path / "run")
+    config = PRETRAIN.model_copy(update={"task": "contrastive", "n_images": 60})
+    pretrain(store, folder, config, 1)
+    info = folder.read_json("pretrain.json")
+    assert info["task"] == "contrastive" and info["n_images"] == len(info["ra_deg"]) == 60
+    assert "band_accuracy" not in info and not (folder / "band-head.safetensors").exists()
+    untrained = Encoder().state_dict()
+    assert any(not torch.equal(value, untrained[name]) for name, value in folder.load_weights("encoder").items())
+    table = train(store, catalog, folds(90), folder, TRAIN, 1)
+    assert np.isfinite(table["log10_m500c"]).all()
+
+
+FUSED = TrainConfig(network="fused", folds=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pix2mass.model._STEPS", 50)
+        yield
+
+
+@pytest.fixture(scope="module")
+def fused(toy, tmp_path_factory) -> RunFolder:
+    folder = RunFolder(tmp_path_factory.mktemp("fused") / "toy")
+    train(toy[1], toy[0], folds(90), folder, FUSED, 1)
+    folder.write_provenance(1)
+    return folder
+
+
+def test_the_fused_network_learns_without_network_1_and_predicts(fused, toy):
+    catalog, store = toy
+    table = QTable.read(fused / "train-out-of-fold.ecsv", format="ascii.ecsv")
+    true = np.asarray(catalog["log10_m500c_true"])
+    error = np.abs(np.asarray(table["log10_m500c"]) - true).mean()
+    assert error < 0.5 * np.abs(true - true.mean()).mean(), "on clusters it has not seen"
+    assert fused.read_json("model.json")["network"] == "fused"
+    predicted = predict(Predictor(fused), store)
+    assert np.abs(np.asarray(predicted["log10_m500c"]) - true).mean() < error + 0.02
+
+
+def test_fine_tuning_starts_from_another_run(fused, toy, tmp_path):
+    catalog, store = toy
+    moved = catalog.copy()
+    moved["log10_m500c"] += 0.3
+    few = np.arange(0, 90, 4)
+    tuned = FUSED.model_copy(update={"start_from": fused.path})
+    masses = {}
+    for name, config in (("alone", FUSED), ("tuned", tuned)):
+        folder = RunFolder(tmp_path / name)
+        table = train(store, moved[few], folds(len(few)), folder, config, 1)
+        masses[name] = np.asarray(table["log10_m500c"]) - np.asarray(moved["log10_m500c_true"])[few]
+    assert masses["tuned"].mean() == pytest.approx(0.3, abs=0.1), "the labels' offset is learnt"
+    assert masses["tuned"].std() < masses["alone"].std(), "and what 23 labels cannot teach is kept"
+
+
+def test_starting_from_what_does_not_fit_is_refused(fused, pretrained, toy, tmp_path):
+    catalog, store = toy
+    with pytest.raises(Pix2massError, match="network = 'fused'.*'bands'"):
+        config = TRAIN.model_copy(update={"start_from": fused.path})
+        train(store, catalog, folds(90), copy(pretrained, tmp_path / "a"), config, 1)
+    grid = GridConfig(bands="ri", n_pixels=16)
+    other = build(catalog, ToySource(grid), tmp_path / "ri.zarr", grid)
+    with pytest.raises(Pix2massError, match="trained on bands 'gri'"):
+        config = FUSED.model_copy(update={"start_from": fused.path})
+        train(other, catalog, folds(90), RunFolder(tmp_path / "b"), config, 1)
+
+
+def test_richness_blend_finds_the_relation_it_was_made_with():
+    rng = np.random.default_rng(3)
+    estimate, richness, z = rng.uniform(14, 15, 40), rng.uniform(5, 100, 40), rng.uniform(0.1, 0.5, 40)
+    label = 14.4 + 0.6 * (estimate - 14.5) + 0.3 * np.log10(richness / 40) - 0.2 * np.log10((1 + z) / 1.3)
+    richness[3] = np.nan
+    blend = RichnessBlend.fit(estimate, richness, z, label)
+    np.testing.assert_allclose(
+        [blend.constant, blend.network, blend.richness, blend.redshift], [14.4, 0.6, 0.3, -0.2], atol=1e-9
+    )
+    assert np.isnan(blend.predict(estimate, richness, z)[3])
+    with pytest.raises(Pix2massError, match="at least 20"):
+        RichnessBlend.fit(estimate[:10], richness[:10], z[:10], label[:10])

@@ -121,7 +121,8 @@ def _print_summary(path: Path, metrics: dict[str, Any]) -> None:
         )
     lines += [
         f"  bias {metrics['bias_dex']:+.3f}, slope {metrics['slope']:.2f}, 68% intervals hold "
-        f"{100 * metrics['coverage_68']:.0f}%, band accuracy {metrics['band_accuracy']:.2f}",
+        f"{100 * metrics['coverage_68']:.0f}%"
+        + (f", band accuracy {metrics['band_accuracy']:.2f}" if "band_accuracy" in metrics else ""),
         "",
         f"  {path / 'report.html'}       open this in a browser",
         f"  {path / 'predictions.ecsv'}  every cluster's mass by networks that did not see it",
@@ -503,7 +504,8 @@ def pretrain(
         training.pretrain(images, folder, config, seed, test, progress)
     folder.write_provenance(seed, stores={"unlabelled": images.checksum})
     info = folder.read_json("pretrain.json")
-    _print_confusion(f"all images, tested on the {info['tested_on']}", info, images.grid.bands)
+    if "band_confusion" in info:
+        _print_confusion(f"all images, tested on the {info['tested_on']}", info, images.grid.bands)
     if leave_one_group_out:
         with _progress("leaving one group out") as progress:
             results = training.leave_one_group_out(images, folder, config, seed, progress)
@@ -545,7 +547,15 @@ def train(
 
 
 @app.command(help_epilogue="Example: `pix2mass evaluate runs/mine labelled.zarr`")
-def evaluate(run: Path, store: str, /, *, seed: Seed = 1) -> None:
+def evaluate(
+    run: Path,
+    store: str,
+    /,
+    *,
+    learning_curve: Annotated[bool, Parameter(negative="")] = False,
+    unlabelled: str | None = None,
+    seed: Seed = 1,
+) -> None:
     """Score a trained run beside constant, redshift-only, richness and shuffled-label baselines on the same folds.
 
     Parameters
@@ -554,13 +564,27 @@ def evaluate(run: Path, store: str, /, *, seed: Seed = 1) -> None:
         Run folder after training.
     store
         Images of the labelled clusters.
+    learning_curve
+        Also train with a half, a quarter, ... of the labels: error against number, with a fitted power law.
+    unlabelled
+        Images that network 1 was trained on: with learning_curve, the same for their number.
     """
     from pix2mass import pipeline
     from pix2mass.run import RunFolder
     from pix2mass.store import ImageStore
 
     folder = RunFolder.open(run)
-    metrics = pipeline.evaluate_run(folder, ImageStore.open(store), seed, _progress)
+    images = ImageStore.open(store)
+    metrics = pipeline.evaluate_run(folder, images, seed, _progress)
+    if learning_curve:
+        others = ImageStore.open(unlabelled) if unlabelled else None
+        found = pipeline.learning_curve(folder, images, seed, _progress, others)
+        for name in ("labels", "unlabelled"):
+            for point in found[name]:
+                print(f"{point['n']:>7} {name}: {point['mae_dex']:.4f} +- {point['mae_err_dex']:.4f} dex")
+            if name in found["fit"]:
+                fit = found["fit"][name]
+                print(f"        error falls as the number to the power {fit['slope']:.3f} +- {fit['slope_err']:.3f}")
     pipeline.write_report(folder)
     _print_summary(run, metrics)
 
@@ -618,54 +642,90 @@ def baseline(
     help_epilogue="Example: `pix2mass predict clusters.ecsv --run runs/demo --frames DATA/sas --out masses.ecsv`"
 )
 def predict(
-    clusters: str,
+    clusters: str | None = None,
     /,
     *,
-    run: Path,
+    run: Path | None = None,
+    weights: str = "default",
     source: Source = None,
+    ra: float | None = None,
+    dec: float | None = None,
+    z: float | None = None,
+    z_err: float | None = None,
+    id: str | None = None,  # noqa: A002  the flag's name
+    prior: Literal["training", "flat", "mass-function"] = "training",
+    correct_shrinkage: Annotated[bool, Parameter(negative="")] = False,
     columns: Columns = "",
     out: Path = Path("masses.ecsv"),
     workers: Workers = 1,
     scheduler: Scheduler = None,
 ) -> None:
-    """Masses with errors and flags, from a store of images or from a catalogue and the source of its images.
+    """Masses with errors and flags, from a store of images, from a catalogue and the source of its images, or of one
+    position.
 
     Parameters
     ----------
     clusters
-        An image store (.zarr), or a catalogue together with --frames or --cutouts.
+        An image store (.zarr), or a catalogue together with --frames, --hips or --cutouts.
     run
         Run folder after training.
+    weights
+        Packaged weights, where no run is given: default (u, g, r, i, z) or default-gri.
+    ra
+        Right ascension of one position, ICRS degrees, in place of a catalogue; its images come from the public archive
+        where no source is given.
+    dec
+        Its declination, ICRS degrees.
+    z
+        Its redshift.
+    z_err
+        Standard error of every redshift; the catalogue's column z_err, where it has one, if not given.
+    id
+        Name of the one position; from its coordinates if not given.
+    prior
+        Prior of the masses: the distribution of the training labels, flat in log10 M500c, or the halo mass function.
+    correct_shrinkage
+        Undo the shrinkage of estimates towards the mean, as measured out of fold.
     out
         Table to write; .ecsv, .csv or .fits. With a catalogue, the images stay beside it in OUT.zarr.
     """
+    import tempfile
+
     import numpy as np
 
     from pix2mass import pipeline
-    from pix2mass.catalog import read_catalog, write_catalog
+    from pix2mass.catalog import write_catalog
     from pix2mass.distribute import open_workers
     from pix2mass.predict import Predictor
     from pix2mass.store import ImageStore
+    from pix2mass.weights import open_weights
 
     if out.suffix not in (".ecsv", ".csv", ".fits"):
         raise Pix2massError(f"--out {out}: choose a name ending in .ecsv, .csv or .fits")
-    is_store = "://" in clusters or Path(clusters).is_dir()
-    if not is_store and not Path(clusters).exists():
+    position = (ra, dec, z)
+    if (clusters is None) == all(value is None for value in position):
+        raise Pix2massError("give a store, a catalogue, or one position with --ra, --dec and --z")
+    is_store = clusters is not None and ("://" in clusters or Path(clusters).is_dir())
+    if clusters is not None and not is_store and not Path(clusters).exists():
         raise Pix2massError(f"{clusters}: no such catalogue or image store")
-    predictor = Predictor(run)
-    with open_workers(_cores(workers), scheduler) as pool:
+    predictor = Predictor(run or open_weights(weights))
+    if is_store and source is not None:
+        raise Pix2massError(f"{clusters} is an image store: --frames and --cutouts go with a catalogue")
+    if clusters is not None and not is_store and source is None:
+        raise Pix2massError(f"{clusters} is a catalogue: say where its images are with --frames, --hips or --cutouts")
+    with open_workers(_cores(workers), scheduler) as pool, tempfile.TemporaryDirectory() as scratch:
+        errors: Any = z_err or 0.0
         if is_store:
-            if source is not None:
-                raise Pix2massError(f"{clusters} is an image store: --frames and --cutouts go with a catalogue")
-            store = ImageStore.open(clusters)
+            store = ImageStore.open(str(clusters))
         else:
-            if source is None:
-                raise Pix2massError(f"{clusters} is a catalogue: say where its images are with --frames or --cutouts")
-            needs_z = predictor.info["use_redshift"] or predictor.grid.width_kpc
-            table = read_catalog(Path(clusters), _columns(columns), ("z",) if needs_z else ())
-            store = pipeline.build_store(table, source, predictor.grid, out.with_suffix(".zarr"), pool, _progress)
+            images = out.with_suffix(".zarr") if clusters else Path(scratch) / "position.zarr"
+            table = _to_weigh(clusters, position, id, columns, predictor)
+            source = source or validate(BuildConfig, {}, "pix2mass predict")
+            store = pipeline.build_store(table, source, predictor.grid, images, pool, _progress)
+            if z_err is None and "z_err" in table.colnames:
+                errors = np.asarray(table["z_err"], float)
         with _progress("predicting") as progress:
-            masses = pipeline.predict(predictor, store, progress, pool)
+            masses = pipeline.predict(predictor, store, progress, pool, prior, correct_shrinkage, errors)
     write_catalog(masses, out)
     print(f"{'id':<28} {'z':>6} {'log10 M500c':>11} {'error':>6}  flags")
     for row in masses[:20]:
@@ -676,44 +736,92 @@ def predict(
     if len(masses) > 20:
         print(f"... and {len(masses) - 20} more")
     print(f"wrote {out}: {len(masses)} clusters; networks trained on: {masses.meta['trained_on']}")
+    print(f"prior: {masses.meta['prior']}; not to be trusted: {int((~masses['trusted']).sum())}")
     seen = Flag(int(np.bitwise_or.reduce(np.asarray(masses["flags"], int))))
     for flag in Flag:
         if flag in seen:
             print(f"  {flag.name}: {FLAG_MEANING[flag]}")
 
 
+def _to_weigh(
+    catalog: str | None, position: tuple[float | None, ...], name: str | None, columns: str, predictor: Any
+) -> Any:
+    """The catalogue, or one row for the position."""
+    from astropy.coordinates import SkyCoord
+    from astropy.table import QTable
+
+    from pix2mass.catalog import check_catalog, read_catalog
+
+    need = ("z",) if predictor.info["use_redshift"] or predictor.grid.width_kpc else ()
+    if catalog is not None:
+        return read_catalog(Path(catalog), _columns(columns), need)
+    ra, dec, z = position
+    if ra is None or dec is None or (z is None and need):
+        raise Pix2massError("one position: expected --ra, --dec and --z, e.g. --ra 336.732 --dec -0.918 --z 0.245")
+    if name is None:
+        text = SkyCoord(ra % 360, max(-90.0, min(90.0, dec)), unit="deg").to_string("hmsdms", sep="", precision=1)
+        name = "J" + str(text).replace(" ", "")
+    row = {"id": [name], "ra_deg": [ra], "dec_deg": [dec]} | ({} if z is None else {"z": [z]})
+    return check_catalog(QTable(row), "the position", need)
+
+
+@app.command(help_epilogue="Example: `pix2mass pack runs/mine weights/mine`")
+def pack(run: Path, out: Path, /, *, fold: int = 0) -> None:
+    """Reduce a trained and evaluated run to one network and what prediction needs, with a model card.
+
+    Parameters
+    ----------
+    run
+        Run folder after `pix2mass evaluate`.
+    out
+        Folder to write: a run folder for `pix2mass predict --run`.
+    fold
+        Whose network.
+    """
+    from pix2mass.run import RunFolder
+    from pix2mass.weights import pack as pack_run
+
+    print(f"wrote {pack_run(RunFolder.open(run), out, fold)}; read MODEL_CARD.md before you pass it on")
+
+
 @app.command(help_epilogue="Example: `pix2mass explain runs/demo clusters.zarr --ids RMJ222655.7-005503.6`")
 def explain(
     run: Path,
-    store: str,
+    store: str = "",
     /,
     *,
     ids: str = "",
     config: Annotated[ExplainConfig, _flat] = ExplainConfig(),  # noqa: B008
     out: Path | None = None,
 ) -> None:
-    """Attribution maps: which pixels of which band make the mass.
+    """Attribution maps: which pixels of which band make the mass, and which tell the band.
+
+    Writes FITS with the cutout's WCS, npz, and a figure, per cluster.
 
     Parameters
     ----------
     run
         Run folder after training.
     store
-        Images.
+        Images; those the run itself made of its labelled clusters if not given.
     ids
-        Clusters, separated by commas; some spread over predicted mass if not given.
+        Clusters, separated by commas; the gallery of the run's report if not given.
     out
         Folder for the maps; RUN/maps if not given.
     """
     from pix2mass import pipeline
+    from pix2mass.report import write_map_figure
     from pix2mass.run import RunFolder
     from pix2mass.store import ImageStore
 
     folder = RunFolder.open(run)
+    images = ImageStore.open(store) if store else pipeline.labelled_store(folder)
     chosen = ids.split(",") if ids else pipeline.choose_clusters(folder, config.n_clusters)
-    with _progress("drawing attribution maps") as progress:
-        paths = pipeline.explain(folder, ImageStore.open(store), chosen, config.steps, out, progress)
-    print(f"wrote {len(paths)} maps to {paths[0].parent}")
+    with _progress("making attribution maps") as progress:
+        paths = pipeline.explain(folder, images, chosen, config.steps, config.compare, out, progress)
+    for path in paths:
+        write_map_figure(path, path.with_suffix(".png"))
+    print(f"wrote the maps of {len(paths)} clusters to {paths[0].parent}")
 
 
 @app.command(help_epilogue="Example: `pix2mass report runs/demo`")

@@ -180,7 +180,7 @@ class PhysicsConfig(Config):
 
     # Stars.
     star_count_r145: float = Field(default=86.0, ge=0)
-    """Stars per deg2 and magnitude at r = 14.5: peaks of r 15-18 in six SDSS frames at |b| 46 to 78 deg."""
+    """Stars per deg2 and magnitude at r = 14.5: peaks of r 15-18 in six SDSS frames at Galactic latitudes 46 to 78."""
     star_count_slope: float = Field(default=0.17, gt=0)
     """Their log10 slope per magnitude beyond r = 14: photoObj 94-1-0012."""
     star_count_bright_slope: float = Field(default=0.30, gt=0)
@@ -468,15 +468,35 @@ class OptimConfig(Config):
     """Epochs without improvement on the validation share before training stops."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Device, passed through to Lightning."""
+    devices: int = Field(default=1, ge=1)
+    """Devices per machine, each with batches of its own (on the CPU: processes, of one thread each)."""
+    num_nodes: int = Field(default=1, ge=1)
+    """Machines that train together. The same command runs on each, with a run folder of its own on a disk that all
+    share, and with MASTER_ADDR, MASTER_PORT and NODE_RANK in the environment, as Lightning reads them."""
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    """Precision, passed through to Lightning: mixed ones are faster on GPUs."""
+
+    @property
+    def processes(self) -> int:
+        """Processes that share a training."""
+        return self.devices * self.num_nodes
 
 
 class PretrainConfig(OptimConfig):
-    """Network 1: an encoder that learns to tell the band of a single-band image. No labels."""
+    """Network 1: an encoder of single-band images that learns without labels."""
 
+    task: Literal["bands", "contrastive"] = "bands"
+    """What it learns: 'bands', to tell the band of an image (the paper's); 'contrastive', to tell which two views show
+    the same image."""
     encoder: str = "small"
-    """'small' (made for 2 cores) or any convolutional timm model, e.g. resnet18; built with in_chans=1."""
+    """'small' (made for 2 cores); any convolutional timm model, e.g. resnet18, built with in_chans=1; or your own as
+    'module:function'."""
     gain_jitter: float = Field(default=0.2, ge=0)
     """Spread (ln) of a random gain on every training image, so that a band's noise level gives nothing away."""
+    n_images: int | None = Field(default=None, ge=10)
+    """Train on this many of the store's cutouts, chosen at random; on all if not given."""
+    noise_jitter: float = Field(default=0.5, ge=0)
+    """Noise added to the views of the contrastive task, in units of the image's own."""
     epochs: int = Field(default=6, ge=1)
     """Most passes over the images."""
 
@@ -488,8 +508,16 @@ class TrainConfig(OptimConfig):
     """Number of folds."""
     fold_separation_deg: float = Field(default=0.5, ge=0)
     """Clusters closer than this on the sky share a fold."""
+    network: Literal["bands", "fused"] = "bands"
+    """'bands': features of each band by itself, from network 1 (the paper's way). 'fused': all bands together in units
+    of a red galaxy at the cluster's redshift; needs no network 1, and the redshift; fitted in closed form, so that of
+    the settings below folds, fold_separation_deg and start_from alone have a say."""
+    start_from: Path | None = None
+    """Run folder whose first network 2 the training starts from, scaler included: fine-tuning, say after training on
+    mock clusters. Give a lower learning rate, where there is one."""
     freeze_encoder: bool = True
-    """Keep network 1 as pretrained (the paper's recipe); its features are computed once."""
+    """Keep the features as they are and train the rest: of network 1 as pretrained (the paper's recipe), or of the
+    network of start_from. They are computed once."""
     from_scratch: bool = False
     """Start from random encoder weights: what pretraining is worth. Needs freeze_encoder = false."""
     use_redshift: bool = True
@@ -497,14 +525,21 @@ class TrainConfig(OptimConfig):
     epochs: int = Field(default=30, ge=1)
     """Most passes over the labelled clusters, per fold."""
     views: int = Field(default=2, ge=1, le=8)
-    """Rotated and mirrored views of each cluster: features are computed for each, predictions averaged over them."""
+    """Rotated and mirrored views of each cluster: frozen features are computed for each, predictions averaged over
+    them. Features that are trained see all eight."""
+    shift_pixels: int = Field(default=0, ge=0)
+    """Largest shift of training images in each direction, where features are trained."""
     edge_probability: float = Field(default=0.3, ge=0, le=1)
     """Share of training views with part of the image masked, as at the edge of a frame."""
 
     @model_validator(mode="after")
-    def _scratch_trains(self) -> Self:
+    def _possible(self) -> Self:
         if self.from_scratch and self.freeze_encoder:
             raise ValueError("from_scratch needs freeze_encoder = false: random frozen weights learn nothing")
+        if self.from_scratch and self.start_from is not None:
+            raise ValueError("give either from_scratch or start_from")
+        if self.network == "fused" and not self.use_redshift:
+            raise ValueError("network = 'fused' needs use_redshift: its images are in units of a galaxy there")
         return self
 
 
@@ -527,9 +562,11 @@ class ExplainConfig(Config):
     """Attribution maps."""
 
     n_clusters: int = Field(default=6, ge=1)
-    """How many clusters to draw when no ids are given: spread over predicted mass."""
-    steps: int = Field(default=32, ge=2)
-    """Steps of the integral in integrated gradients."""
+    """How many clusters to draw when no ids are given."""
+    steps: int = Field(default=64, ge=1)
+    """Gradients taken along the integral in integrated gradients, per network, shared by the draws of blank sky."""
+    compare: bool = False
+    """Also make the maps of other methods: gradient, SmoothGrad, occlusion. Takes several times longer."""
 
 
 class DataConfig(BuildConfig):

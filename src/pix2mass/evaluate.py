@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 from astropy.table import QTable
 
+from pix2mass.calibrate import QUANTILES, Posterior, Shrinkage
 from pix2mass.richness import richness_mass_fit
 from pix2mass.types import Pix2massError
 
 _OUTLIER_DEX = 0.5
 _BOOTSTRAPS = 2000
 _MIN_RICHNESS = 8
+_INTERVALS = {"68": (0.16, 0.84, 0.03), "95": (0.025, 0.975, 0.02)}
+"""Central interval -> shares of the posterior at its ends, and by how much its coverage may be off beside sampling."""
+_PIT_BINS = 10
 
 
 def scores(estimate: np.ndarray, reference: np.ndarray, fold: np.ndarray) -> dict[str, float]:
@@ -135,11 +139,15 @@ def evaluate(
     methods["shuffled"] = np.array([by_id[str(cluster_id)] for cluster_id in out_of_fold["id"]])
     sigma = np.asarray(out_of_fold["log10_m500c_err"], float)
     network_error = np.abs(methods["network"] - reference)
-    total_sigma = np.sqrt(sigma**2 + reference_err**2)
-    pull = network_error / total_sigma
 
     if not (np.isfinite(methods["network"]).all() and np.isfinite(sigma).all()):
         raise Pix2massError("some out-of-fold masses are not finite: look at those images, then train again")
+
+    posterior, z = Posterior.from_table(out_of_fold), np.asarray(used["z"], float)
+    pit = posterior.cdf(reference, reference_err)
+    calibrated_on = round(len(fold) * (1 - 1 / len(np.unique(fold))))
+    calibration = calibration_scores(posterior, reference, reference_err, z, calibrated_on, "true" if mock else "label")
+    calibration["crps_constant_dex"] = _crps_of_labels(label, reference, fold)
 
     # A method that lacks some clusters is scored, and compared with the network, on those it has.
     has = {name: np.isfinite(values) for name, values in methods.items()}
@@ -162,9 +170,9 @@ def evaluate(
         **{f"mae_{name}_dex": table[name]["mae_dex"] for name in table if name != "network"},
         "n_richness": int(has["richness"].sum()) if "richness" in methods else 0,
         "ratio_to_richness": ratio,
-        "coverage_68": float((pull <= 1.0).mean()),
-        "coverage_95": float((pull <= 1.959964).mean()),
-        "coverage_68_error": float(np.sqrt(0.6827 * 0.3173 / len(fold))),
+        **{name: calibration["coverage"][0][name] for name in ("coverage_68", "coverage_68_error", "coverage_95")},
+        "calibration": calibration,
+        "shrinkage": _shrinkage(out_of_fold, label, label_err, reference, reference_err, fold),
         "methods": table,
         "methods_against_label": {
             name: scores(values[has[name]], label[has[name]], fold[has[name]]) for name, values in methods.items()
@@ -174,7 +182,7 @@ def evaluate(
             {"fold": int(k), "n": int((fold == k).sum()), "mae_dex": float(network_error[fold == k].mean())}
             for k in np.unique(fold)
         ],
-        "bins": _bins(methods, sigma, reference, reference_err, np.asarray(used["z"], float)),
+        "bins": _bins(methods, pit, reference, z),
         **facts,
     }
     null = differences["shuffled"]
@@ -193,6 +201,8 @@ def evaluate(
             "fold": fold,
             "log10_m500c": methods["network"],
             "log10_m500c_err": sigma,
+            **{name: out_of_fold[name] for name in QUANTILES},
+            "pit": pit,
             "log10_m500c_label": label,
             "log10_m500c_label_err": label_err,
             **({"log10_m500c_true": reference} if mock else {}),
@@ -209,12 +219,111 @@ def evaluate(
     return metrics, predictions
 
 
-def _bins(
-    methods: dict[str, np.ndarray],
-    sigma: np.ndarray,
+def calibration_scores(
+    posterior: Posterior,
     reference: np.ndarray,
     reference_err: np.ndarray,
     z: np.ndarray,
+    calibrated_on: int,
+    kind: str,
+) -> dict[str, Any]:
+    """Whether intervals hold what they say: overall, and in thirds of predicted mass, redshift and reference mass.
+
+    Args:
+        posterior: of n clusters that neither networks nor calibration have seen.
+        reference: (n,) true masses or labels, log10 M500c.
+        reference_err: (n,) their standard errors, dex: 0 for true masses.
+        z: (n,) redshifts.
+        calibrated_on: clusters that the calibration was fitted to; its sampling error is part of the coverage's.
+        kind: "true" or "label", what the reference is.
+
+    Returns:
+        ``pit`` (counts in 10 bins of the share of the posterior below the reference; flat where calibrated),
+        ``pit_kind`` (of true masses, or of labels with their errors), ``crps_dex``, and ``coverage``: one entry for
+        all and for each bin with ``what`` (all, z, predicted_mass, true_mass or label_mass), ``low``, ``high``, ``n``,
+        ``coverage_68``, ``coverage_68_error``, the same of 95, ``target`` (whether the coverage should hold there: not
+        at given reference mass, where estimates shrink) and ``met``: 68 within 3 points and two errors, 95 within 2.
+    """
+    pit = posterior.cdf(reference, reference_err)
+    bins = {"predicted_mass": posterior.centre, "z": z, f"{kind}_mass": reference}
+    rows = [("all", float("nan"), float("nan"), np.ones(len(pit), bool))]
+    rows += [(name, *third) for name, values in bins.items() if np.isfinite(values).all() for third in _thirds(values)]
+    coverage = []
+    for what, low, high, inside in rows:
+        row: dict[str, Any] = {"what": what, "low": low, "high": high, "n": int(inside.sum())}
+        if what == "all":
+            row |= {"low": None, "high": None}
+        row["target"], row["met"] = not what.startswith(kind), True
+        for name, (lowest, highest, allowed) in _INTERVALS.items():
+            share = highest - lowest
+            found = float(((pit[inside] >= lowest) & (pit[inside] <= highest)).mean())
+            error = float(np.sqrt(share * (1 - share) * (1 / inside.sum() + len(pit) / inside.sum() / calibrated_on)))
+            row |= {f"coverage_{name}": found, f"coverage_{name}_error": error}
+            row["met"] &= abs(found - share) <= allowed + 2 * error
+        coverage.append(row)
+    return {
+        "pit": np.histogram(pit, _PIT_BINS, (0, 1))[0].tolist(),
+        "pit_kind": "true masses" if kind == "true" else "labels, their errors included",
+        "crps_dex": float(posterior.crps(reference, reference_err).mean()),
+        "coverage": coverage,
+    }
+
+
+def _crps_of_labels(label: np.ndarray, reference: np.ndarray, fold: np.ndarray) -> float:
+    """CRPS of a forecast that says for every cluster: as the other folds' labels are distributed."""
+    parts = []
+    for k in np.unique(fold):
+        known = label[fold != k]
+        within = np.abs(known[:, None] - known).mean() / 2
+        parts.append(np.abs(reference[fold == k][:, None] - known).mean(axis=1) - within)
+    return float(np.concatenate(parts).mean())
+
+
+def _shrinkage(
+    out_of_fold: QTable,
+    label: np.ndarray,
+    label_err: np.ndarray,
+    reference: np.ndarray,
+    reference_err: np.ndarray,
+    fold: np.ndarray,
+) -> dict[str, float]:
+    """Slope of estimates on the reference, raw and after the correction, each fold's line from the other folds."""
+    columns = {name: np.asarray(out_of_fold[name], float) for name in ("log10_m500c", "log10_m500c_err", *QUANTILES)}
+    after = {name: np.empty(len(fold)) for name in columns}
+    for k in np.unique(fold):
+        test = fold == k
+        line = Shrinkage.fit(columns["log10_m500c"][~test], label[~test], label_err[~test])
+        for name, values in line.corrected({name: values[test] for name, values in columns.items()}).items():
+            after[name][test] = values
+    whole = {
+        name: Shrinkage.fit(mass, reference, reference_err)
+        for name, mass in (("raw", columns["log10_m500c"]), ("corrected", after["log10_m500c"]))
+    }
+    residual = after["log10_m500c"] - reference
+    inside = np.abs(residual) <= np.hypot((after["q84"] - after["q16"]) / 2, 0.994458 * reference_err)
+    return {
+        "slope_raw": whole["raw"].slope,
+        "slope_raw_error": whole["raw"].slope_err,
+        "slope_corrected": whole["corrected"].slope,
+        "slope_corrected_error": whole["corrected"].slope_err,
+        "mae_corrected_dex": float(np.abs(residual).mean()),
+        "bias_corrected_dex": float(residual.mean()),
+        "coverage_68_corrected": float(inside.mean()),
+    }
+
+
+def _thirds(values: np.ndarray) -> list[tuple[float, float, np.ndarray]]:
+    """Lowest and highest value and members (n,) of each third."""
+    edges = np.quantile(values, [0, 1 / 3, 2 / 3, 1])
+    parts = [
+        (float(low), float(high), (values >= low) & ((values < high) | (high == edges[-1])))
+        for low, high in zip(edges[:-1], edges[1:], strict=True)
+    ]
+    return [part for part in parts if part[2].any()]
+
+
+def _bins(
+    methods: dict[str, np.ndarray], pit: np.ndarray, reference: np.ndarray, z: np.ndarray
 ) -> dict[str, list[dict[str, Any]]]:
     """MAE, bias and 68% coverage in thirds of redshift, of reference mass and of predicted mass."""
     network = methods["network"]
@@ -222,21 +331,16 @@ def _bins(
     for name, values in (("z", z), ("reference_mass", reference), ("predicted_mass", network)):
         if not np.isfinite(values).all():
             continue
-        edges = np.quantile(values, [0, 1 / 3, 2 / 3, 1])
         out[name] = []
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
-            inside = (values >= low) & ((values < high) | (high == edges[-1]))
-            if not inside.any():
-                continue
+        for low, high, inside in _thirds(values):
             residual = network[inside] - reference[inside]
-            limit = np.sqrt(sigma[inside] ** 2 + reference_err[inside] ** 2)
             entry = {
-                "low": float(low),
-                "high": float(high),
+                "low": low,
+                "high": high,
                 "n": int(inside.sum()),
                 "mae_dex": float(np.abs(residual).mean()),
                 "bias_dex": float(residual.mean()),
-                "coverage_68": float((np.abs(residual) <= limit).mean()),
+                "coverage_68": float(((pit[inside] >= 0.16) & (pit[inside] <= 0.84)).mean()),
             }
             if "richness" in methods:
                 entry["mae_richness_dex"] = float(np.nanmean(np.abs(methods["richness"][inside] - reference[inside])))

@@ -15,7 +15,7 @@ from astropy.table import QTable, vstack
 
 from pix2mass.catalog import read_catalog, sky_folds, write_catalog
 from pix2mass.catalog.masses import MassDefinition, to_m500c
-from pix2mass.config import BaselineConfig, BuildConfig, GridConfig, MockConfig, RunConfig, TrainConfig
+from pix2mass.config import BaselineConfig, BuildConfig, GridConfig, MockConfig, PretrainConfig, RunConfig, TrainConfig
 from pix2mass.distribute import Workers
 from pix2mass.evaluate import evaluate
 from pix2mass.explain import explain
@@ -31,7 +31,7 @@ from pix2mass.images.mock.source import MockSource
 from pix2mass.images.plan import plan_frames, plan_hips, square_widths
 from pix2mass.images.window import WINDOW_FLIST, ask_skyserver, find_window_flist, read_window_flist
 from pix2mass.predict import predict
-from pix2mass.report import Tile, write_contact_sheet, write_report
+from pix2mass.report import OutOfFold, Tile, write_contact_sheet, write_report
 from pix2mass.richness import (
     PUBLISHED,
     calibrate,
@@ -404,8 +404,9 @@ def evaluate_run(folder: RunFolder, store: ImageStore, seed: int, reporter: Repo
         shuffled = train(store, null, np.asarray(folds["fold"]), folder, config, seed, "null", progress)
     if [str(value) for value in out_of_fold["id"]] != [str(value) for value in catalog["id"]]:
         raise Pix2massError(f"{folder.path}: the training did not finish; run `pix2mass train` again")
-    pretrained = folder.read_json("pretrain.json")
-    seen = shared_positions(store, pretrained)
+    # The fused network needs no pretraining; a run may have gone without.
+    pretrained = folder.read_json("pretrain.json") if (folder / "pretrain.json").exists() else {}
+    seen = shared_positions(store, pretrained) if pretrained else 0
     with folder.stage("evaluate", digest(out_of_fold["log10_m500c"].tolist(), seed)):
         metrics, predictions = evaluate(
             catalog,
@@ -418,8 +419,7 @@ def evaluate_run(folder: RunFolder, store: ImageStore, seed: int, reporter: Repo
                     float(store.pixel_scale_arcsec.min()),
                     float(store.pixel_scale_arcsec.max()),
                 ],
-                "band_accuracy": pretrained["band_accuracy"],
-                "band_confusion": pretrained["band_confusion"],
+                **{name: pretrained[name] for name in ("band_accuracy", "band_confusion") if name in pretrained},
                 "labelled_seen_in_pretraining": seen,
                 "pretraining_saw_test_images": seen > 0,
             },
@@ -486,12 +486,19 @@ def run(config: RunConfig, folder: RunFolder, workers: Workers, reporter: Report
         folder.write_json(
             "metrics.json", {**folder.read_json("metrics.json"), "unlabelled": _unlabelled(folder, survey)}
         )
-    key = digest("explain", trained, config.explain)
     ids = choose_clusters(folder, config.explain.n_clusters)
+    key = digest("explain", trained, config.explain, ids)
     if not folder.is_done("explain", key, folder / "maps"):
         with folder.stage("explain", key), reporter("drawing attribution maps") as progress:
             shutil.rmtree(folder / "maps", ignore_errors=True)
-            explain(folder, survey.labelled_store, ids, config.explain.steps, progress=progress)
+            explain(
+                folder,
+                survey.labelled_store,
+                ids,
+                config.explain.steps,
+                config.explain.compare,
+                progress=progress,
+            )
     with folder.stage("report", digest("report", trained)):
         write_report(folder)
     metrics = folder.read_json("metrics.json")
@@ -500,26 +507,131 @@ def run(config: RunConfig, folder: RunFolder, workers: Workers, reporter: Report
     return metrics
 
 
+_LEAST_LABELS = 125
+
+
+def learning_curve(
+    folder: RunFolder,
+    store: ImageStore,
+    seed: int,
+    reporter: Reporter,
+    unlabelled: ImageStore | None = None,
+    test: tuple[QTable, ImageStore] | None = None,
+) -> dict[str, Any]:
+    """Error of a run's recipe when it is trained with fewer labels, and pretrained with fewer images.
+
+    Args:
+        folder: a trained run; gets ``learning_curve.json`` and, in ``learning-curve/``, a run per point.
+        store: images of its labelled clusters.
+        seed: of the choice of clusters and of the trainings.
+        reporter: shows progress.
+        unlabelled: images that network 1 was trained on; None leaves that curve out.
+        test: catalogue and images of clusters to take the errors from; if None, from the folds of each training.
+
+    Returns:
+        ``labels`` and ``unlabelled``, each a list of ``n``, ``mae_dex``, ``mae_err_dex`` (against the true mass where
+        it is known), and ``fit``, for each of the two with three points or more: ``slope``, ``slope_err`` and
+        ``intercept`` of log10 MAE against log10 n.
+    """
+    config, catalog = folder.read_config("train", TrainConfig), read_catalog(_need(folder, "catalog.ecsv"))
+    order = np.random.default_rng([seed, 4321]).permutation(len(catalog))
+
+    def point(name: str, n: int, encoder: RunFolder, rows: np.ndarray) -> dict[str, Any]:
+        smaller = _smaller_run(folder / "learning-curve" / name, encoder)
+        train_run(smaller, store, catalog[np.sort(rows)], config, seed, reporter)
+        if test is None:
+            used = read_catalog(smaller / "catalog.ecsv")
+            table = QTable.read(smaller / "train-out-of-fold.ecsv", format="ascii.ecsv")
+        else:
+            used, table = test[0], predict(smaller, test[1])
+        column = "log10_m500c_true" if "log10_m500c_true" in used.colnames else "log10_m500c"
+        error = np.abs(np.asarray(table["log10_m500c"]) - np.asarray(used[column]))
+        error = error[np.isfinite(error)]
+        return {"n": n, "mae_dex": float(error.mean()), "mae_err_dex": float(error.std() / np.sqrt(len(error)))}
+
+    found: dict[str, Any] = {"labels": [], "unlabelled": [], "fit": {}}
+    for n in _sizes(len(catalog), max(_LEAST_LABELS, 8 * config.folds)):
+        found["labels"].append(point(f"labels-{n}", n, folder, order[:n]))
+    if unlabelled is not None:
+        pretraining = folder.read_config("pretrain", PretrainConfig)
+        for n in _sizes(len(unlabelled), _LEAST_LABELS):
+            encoder = RunFolder(folder / "learning-curve" / f"encoder-{n}")
+            with reporter(f"pretraining on {n} images") as progress:
+                pretrain(unlabelled, encoder, pretraining.model_copy(update={"n_images": n}), seed, None, progress)
+            found["unlabelled"].append(point(f"unlabelled-{n}", n, encoder, order))
+    for name in ("labels", "unlabelled"):
+        if len(found[name]) >= 3:
+            found["fit"][name] = _power_law(found[name])
+    folder.write_json("learning_curve.json", found)
+    return found
+
+
+def _sizes(largest: int, least: int) -> list[int]:
+    """The largest number, and its halves down to ``least``, rising."""
+    sizes = [largest]
+    while sizes[-1] // 2 >= least:
+        sizes.append(sizes[-1] // 2)
+    return sizes[::-1]
+
+
+def _smaller_run(path: Path, encoder: RunFolder) -> RunFolder:
+    """A run folder with network 1 of another run, if that has one."""
+    smaller = RunFolder(path)
+    if (encoder / "pretrain.json").exists():
+        for name in ("pretrain.json", "encoder.safetensors"):
+            shutil.copyfile(encoder / name, smaller / name)
+        smaller.write_json("stages.json", {**smaller.stages, "pretrain": encoder.stages["pretrain"]})
+    return smaller
+
+
+def _power_law(points: list[dict[str, Any]]) -> dict[str, float]:
+    """Weighted least squares of log10 MAE on log10 n; the error of the slope follows from those of the MAE."""
+    n, mae, error = (np.array([point[key] for point in points], float) for key in ("n", "mae_dex", "mae_err_dex"))
+    weight = mae / error * np.log(10)
+    slope, intercept = np.polyfit(np.log10(n), np.log10(mae), 1, w=weight)
+    spread = np.average((np.log10(n) - np.average(np.log10(n), weights=weight**2)) ** 2, weights=weight**2)
+    return {
+        "slope": float(slope),
+        "slope_err": float(1 / np.sqrt((weight**2).sum() * spread)),
+        "intercept": float(intercept),
+    }
+
+
 def _unlabelled(folder: RunFolder, survey: Survey) -> dict[str, Any]:
     """How well predict does on the mock's unlabelled clusters: their labels trained nothing, their truth is known."""
     masses = QTable.read(folder / "masses.ecsv", format="ascii.ecsv")
-    error = np.asarray(masses["log10_m500c"]) - np.asarray(survey.unlabelled["log10_m500c_true"])
-    pull = np.abs(error) / np.asarray(masses["log10_m500c_err"])
+    true = np.asarray(survey.unlabelled["log10_m500c_true"])
+    error = np.asarray(masses["log10_m500c"]) - true
     return {
         "n": len(error),
         "mae_dex": float(np.abs(error).mean()),
         "bias_dex": float(error.mean()),
-        "coverage_68": float((pull <= 1.0).mean()),
-        "coverage_95": float((pull <= 1.959964).mean()),
+        "coverage_68": float(((true >= masses["q16"]) & (true <= masses["q84"])).mean()),
+        "coverage_95": float(((true >= masses["q025"]) & (true <= masses["q975"])).mean()),
     }
 
 
+def labelled_store(folder: RunFolder) -> ImageStore:
+    """The images of the labelled clusters that a run made itself.
+
+    Raises:
+        Pix2massError: they are not in the run's folder.
+    """
+    checksum = folder.read_json("provenance.json").get("stores", {}).get("labelled")
+    for path in sorted([*folder.path.glob("survey-*/labelled.zarr"), *folder.path.glob("labelled-*.zarr")]):
+        store = ImageStore.open(path)
+        if store.checksum == checksum:
+            return store
+    raise Pix2massError(f"{folder.path}: expected the images the run was trained on, found none here; name the store")
+
+
 def choose_clusters(folder: RunFolder, n: int) -> list[str]:
-    """Ids spread evenly over predicted mass, from the run's out-of-fold table."""
-    table = QTable.read(_need(folder, "train-out-of-fold.ecsv"), format="ascii.ecsv")
-    order = np.argsort(np.asarray(table["log10_m500c"]))
-    picked = np.unique(np.linspace(0.02, 0.98, n) * (len(order) - 1)).round().astype(int)
-    return [str(cluster_id) for cluster_id in table["id"][order[picked]]]
+    """Ids of the worst, the typical and the best clusters of a run, n in all: the gallery of its report.
+
+    Raises:
+        Pix2massError: the run has not been evaluated.
+    """
+    return [cluster_id for ids in OutOfFold.read(folder).gallery(n).values() for cluster_id in ids]
 
 
 def choose_rows(store: ImageStore, n: int, flagged: bool = False) -> np.ndarray:

@@ -6,44 +6,74 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from astropy.table import QTable
 from torch import Tensor
+from torch.nn import functional as F
 
+from pix2mass import weights
+from pix2mass.calibrate import QUANTILES, Calibration, LogDensity, Posterior, Shrinkage, TrainingPrior, flat
+from pix2mass.catalog.masses import log_mass_function
 from pix2mass.config import GridConfig, validate
+from pix2mass.cosmology import kpc_per_arcsec
 from pix2mass.distribute import InProcess, Workers
-from pix2mass.model import Encoder, MassRegressor, combine, dihedral, prepare
+from pix2mass.model import Regressor, combine, dihedral, make_regressor, prepare
 from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore
-from pix2mass.types import Flag, MassEstimate, Pix2massError
+from pix2mass.trust import Reference, image_statistics
+from pix2mass.types import UNTRUSTED, Flag, MassEstimate, Pix2massError
 
-QUANTILES = {"q025": -1.959964, "q16": -0.994458, "q50": 0.0, "q84": 0.994458, "q975": 1.959964}
-"""Column name -> quantile of the standard normal distribution (2.5, 16, 50, 84 and 97.5 per cent)."""
+Prior = Literal["training", "flat", "mass-function"]
+PRIORS: dict[str, tuple[str, LogDensity | None]] = {
+    "training": ("as the run names it", None),
+    "flat": ("flat in log10 M500c over the range of the training labels", flat),
+    "mass-function": (
+        "the halo mass function of Tinker et al. 2008 over the range of the training labels",
+        log_mass_function,
+    ),
+}
+"""Name -> what it is, and its logarithm where it takes the place of the training labels' distribution."""
 _BATCH = 64
 _BATCHES_PER_TASK = 8
+_SCALE_TOLERANCE = 0.02
+_LEAST_VARIANCE = 0.25
 
 
 class Predictor:
     """The networks of all folds of a run, ready to estimate.
 
     Args:
-        run: the run folder, or its path.
+        run: the run folder, its path, or the name of packaged weights.
 
     Raises:
         Pix2massError: not a run, or its training has not finished, or its files are broken.
     """
 
     def __init__(self, run: RunFolder | str | Path) -> None:
-        self.folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
+        if isinstance(run, RunFolder):
+            self.folder = run
+        elif str(run) in weights.names() and not Path(run).exists():
+            self.folder = weights.open_weights(str(run))
+        else:
+            self.folder = RunFolder.open(run)
         self.info: dict[str, Any] = self.folder.read_json("model.json")
         self.grid = validate(GridConfig, self.info["grid"], f"{self.folder.path}: grid of the run")
+        try:
+            self.calibration = Calibration.from_json(self.info["calibration"])
+            self.shrinkage = Shrinkage(**self.info["shrinkage"])
+            self.training_prior = TrainingPrior.from_json(self.info["training_prior"])
+            self.reference = Reference.from_json(self.info["reference"])
+        except (KeyError, TypeError) as error:
+            raise Pix2massError(
+                f"{self.folder / 'model.json'}: another version of pix2mass wrote it ({error}); train again"
+            ) from None
         self.regressors = [self._load(fold) for fold in range(self.info["folds"])]
 
-    def _load(self, fold: int) -> MassRegressor:
-        regressor = MassRegressor(Encoder(self.info["encoder"]), len(self.info["bands"]), self.info["use_redshift"])
+    def _load(self, fold: int) -> Regressor:
+        regressor = make_regressor(self.info, self.grid)
         try:
             regressor.load_state_dict(self.folder.load_weights(f"fold-{fold}"))
         except RuntimeError as error:
@@ -71,25 +101,41 @@ class Predictor:
             )
 
     @torch.no_grad()
-    def estimate(self, images: Tensor, valid: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Ensemble over folds and views.
+    def posterior(self, images: Tensor, valid: Tensor, z: Tensor) -> Posterior:
+        """Posteriors of the true masses under the training clusters' distribution, from all folds and views.
+
+        The calibration was made on single networks. The mean of K of them errs less: the variance of the means between
+        networks, v, counts v / K in place of v, so (K - 1) / K v is taken off.
 
         Args:
-            images: (n, n_bands, h, w) from :func:`pix2mass.model.prepare`.
+            images: (n, n_bands, h, w) from :func:`pix2mass.model.prepare` and then the networks' ``rescale``.
             valid: (n, h, w) usable share.
             z: (n,) redshifts.
-
-        Returns:
-            log10 M500c (n,) and its calibrated standard deviation in dex (n,).
         """
         folds = []
         for regressor in self.regressors:
             views = [regressor(dihedral(images, view), dihedral(valid, view), z) for view in range(self.info["views"])]
             folds.append(combine(*(torch.stack(values) for values in zip(*views, strict=True))))
-        means, sigmas = (torch.stack(values) for values in zip(*folds, strict=True))
-        # The scale was calibrated on single networks, whose disagreement it already covers: adding their spread would
-        # count it twice. The mean of several errs a little less than one, so these errors are mildly conservative.
-        return means.mean(dim=0), self.info["error_scale"] * torch.sqrt((sigmas**2).mean(dim=0))
+        means, sigmas = (torch.stack(values).double().numpy() for values in zip(*folds, strict=True))
+        sigma = np.sqrt((sigmas**2).mean(axis=0))
+        found = self.calibration.posterior(means.mean(axis=0), sigma, z.double().numpy())
+        less = means.var(axis=0)  # (K - 1) / K times the unbiased variance
+        return found.widened(-np.minimum(less, (1 - _LEAST_VARIANCE) * found.variance))
+
+    def estimate(self, images: Tensor, valid: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """log10 M500c (n,) and its standard error in dex (n,); arguments as :meth:`posterior`."""
+        columns = self.posterior(images, valid, z).summary()
+        return torch.from_numpy(columns["log10_m500c"]), torch.from_numpy(columns["log10_m500c_err"])
+
+    def summary(
+        self, posterior: Posterior, z: np.ndarray, prior: Prior = "training", correct_shrinkage: bool = False
+    ) -> dict[str, np.ndarray]:
+        """log10_m500c, its error and the quantiles of posteriors; arguments as :func:`predict`."""
+        density = PRIORS[prior][1]
+        if density is not None:
+            return posterior.reweighted(self.training_prior.to(density), z)
+        columns = posterior.summary()
+        return self.shrinkage.corrected(columns) if correct_shrinkage else columns
 
 
 def predict(
@@ -97,86 +143,117 @@ def predict(
     store: ImageStore | str | Path,
     progress: Callable[[int, int], None] | None = None,
     workers: Workers | None = None,
+    prior: Prior = "training",
+    correct_shrinkage: bool = False,
+    z_err: np.ndarray | float = 0.0,
 ) -> QTable:
     """Masses of all clusters of a store.
 
     Args:
-        run: a run folder with finished training, or a :class:`Predictor`.
+        run: a run folder with finished training, the name of packaged weights ("default", "default-gri"), or a
+            :class:`Predictor`.
         store: sealed images with the run's bands and grid.
         progress: called with (done, total).
         workers: of ``distribute.open_workers``, who see the run and the store at the same paths; this process if not
             given.
+        prior: of the true masses: the training labels' distribution, "flat" in log10 M500c, or "mass-function".
+        correct_shrinkage: undo the line of out-of-fold estimates on true masses (see docs/errors.md); only with the
+            training prior.
+        z_err: standard errors of the redshifts, one or (n,) in the order of the store; NaN counts as 0.
 
     Returns:
-        One row per cluster: id, ra_deg, dec_deg, z, log10_m500c, log10_m500c_err (dex), quantiles q025 to q975, flags
-        (bits) and flag_names. Rows without usable pixels have NaN masses and the flag NO_ESTIMATE.
+        One row per cluster: id, ra_deg, dec_deg, z, log10_m500c, log10_m500c_err (dex; half the width of the central
+        68.27%), quantiles q025 to q975, flags (bits), flag_names, trusted, model and version. Rows without usable
+        pixels have NaN masses and the flag NO_ESTIMATE.
 
     Raises:
-        Pix2massError: the store does not fit the run, or a redshift is missing that the run needs.
+        Pix2massError: the store does not fit the run, a redshift is missing that the run needs, or the prior and the
+            correction do not go together.
     """
+    if prior not in PRIORS:
+        raise Pix2massError(f"prior {prior!r}: expected one of {', '.join(PRIORS)}")
+    if correct_shrinkage and prior != "training":
+        raise Pix2massError(
+            f"prior {prior!r} and the correction for shrinkage exclude each other: both undo the training prior"
+        )
     predictor = run if isinstance(run, Predictor) else Predictor(run)
     store = store if isinstance(store, ImageStore) else ImageStore.open(store)
     predictor.check_store(store)
     info = predictor.info
     z = store.z.copy()
-    if info["use_redshift"] and not np.isfinite(z).all():
+    if (info["use_redshift"] or prior == "mass-function") and not np.isfinite(z).all():
         missing = [store.ids[row] for row in np.flatnonzero(~np.isfinite(z))]
+        needs = "the run" if info["use_redshift"] else "the mass function"
         raise Pix2massError(
-            f"{store.path}: {len(missing)} clusters have no redshift and the run needs one: {', '.join(missing[:5])}"
+            f"{store.path}: {len(missing)} clusters have no redshift and {needs} needs one: {', '.join(missing[:5])}"
         )
-    mean, sigma = np.full(len(store), np.nan), np.full(len(store), np.nan)
+    errors = np.nan_to_num(np.broadcast_to(np.asarray(z_err, float), z.shape))
+    site = _Site.of(predictor, store, _Choices(prior, correct_shrinkage, errors))
+    names = ("log10_m500c", "log10_m500c_err", *QUANTILES)
+    columns = {name: np.full(len(store), np.nan) for name in names}
     flags = store.flags.copy()
-    flags[(z < info["z_range"][0]) | (z > info["z_range"][1])] |= Flag.REDSHIFT_EXTRAPOLATED
     batches = [range(start, min(start + _BATCH, len(store))) for start in range(0, len(store), _BATCH)]
     tasks = [batches[i : i + _BATCHES_PER_TASK] for i in range(0, len(batches), _BATCHES_PER_TASK)]
     done = 0
-    for batch in (workers or InProcess()).map(_estimate_batches, _Site.of(predictor, store), tasks):
+    for batch in (workers or InProcess()).map(_estimate_batches, site, tasks):
         rows = np.asarray(batch.rows)
-        mean[rows], sigma[rows] = batch.mean, batch.sigma
-        flags[rows[batch.coverage < info["min_coverage"]]] |= Flag.LOW_COVERAGE
-        flags[rows[~np.isfinite(batch.mean)]] |= Flag.NO_ESTIMATE
+        for name in names:
+            columns[name][rows] = batch.columns[name]
+        flags[rows] |= batch.flags
         done += len(rows)
         if progress:
             progress(done, len(store))
+    version = predictor.folder.read_json("provenance.json")["versions"].get("pix2mass", "")
     return QTable(
         {
             "id": store.ids,
             "ra_deg": store.ra_deg,
             "dec_deg": store.dec_deg,
             "z": z,
-            "log10_m500c": mean,
-            "log10_m500c_err": sigma,
-            **{name: mean + number * sigma for name, number in QUANTILES.items()},
+            **columns,
             "flags": flags,
             "flag_names": [str(Flag(int(bits))) for bits in flags],
+            "trusted": flags & int(UNTRUSTED) == 0,
+            "model": [predictor.folder.path.name] * len(store),
+            "version": [version] * len(store),
         },
         meta={
             "mass_definition": "500c",
             "cosmology": {"H0_km_s_Mpc": 70.0, "Om0": 0.3, "flat": True},
             "run": str(predictor.folder.path),
-            "prior": info["prior"],
+            "prior": info["prior"] if prior == "training" else PRIORS[prior][0],
+            "corrected_for_shrinkage": correct_shrinkage,
             "trained_on": info["trained_on"],
-            "pix2mass_version": predictor.folder.read_json("provenance.json")["versions"].get("pix2mass", ""),
+            "pix2mass_version": version,
         },
     )
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """What the user chose, and the errors of all redshifts (n,)."""
+
+    prior: Prior
+    correct_shrinkage: bool
+    z_err: np.ndarray
 
 
 class _Site:
     """The networks and the images, opened where they are needed: a worker gets the paths alone."""
 
-    def __init__(self, run: Path, store: Path | str) -> None:
-        self._run, self._store = run, store
+    def __init__(self, run: Path, store: Path | str, choices: _Choices) -> None:
+        self._run, self._store, self.choices = run, store, choices
 
     @classmethod
-    def of(cls, predictor: Predictor, store: ImageStore) -> _Site:
+    def of(cls, predictor: Predictor, store: ImageStore, choices: _Choices) -> _Site:
         """Of networks and images that are open here."""
         folder, path = predictor.folder.path.absolute(), store.path
-        site = cls(folder, path.absolute() if isinstance(path, Path) else path)
+        site = cls(folder, path.absolute() if isinstance(path, Path) else path, choices)
         site.predictor, site.store = predictor, store
         return site
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Site, (self._run, self._store)
+        return _Site, (self._run, self._store, self.choices)
 
     @functools.cached_property
     def predictor(self) -> Predictor:
@@ -189,32 +266,120 @@ class _Site:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Estimates of some rows: log10 M500c and its error, NaN without usable pixels, and covered shares of pixels."""
+    """Estimates of some rows, NaN without usable pixels, and the flags that prediction adds."""
 
     rows: range
-    mean: np.ndarray
-    sigma: np.ndarray
-    coverage: np.ndarray
+    columns: dict[str, np.ndarray]
+    flags: np.ndarray
 
 
 def _estimate_batches(site: _Site, batches: list[range]) -> Iterator[_Batch]:
     """The part of :func:`predict` that takes time."""
-    store = site.store
+    store, predictor, choices = site.store, site.predictor, site.choices
     for rows in batches:
         chosen = np.asarray(rows)
         flux, mask = store.batch(chosen)
-        mean, sigma = np.full((2, len(rows)), np.nan)
-        usable = np.isfinite(store.noise[chosen]).any(axis=1)
+        noise, z = store.noise[chosen], store.z[chosen]
+        columns = {name: np.full(len(rows), np.nan) for name in ("log10_m500c", "log10_m500c_err", *QUANTILES)}
+        usable = np.isfinite(noise).any(axis=1)
         if usable.any():
-            images, valid = prepare(
+            found = _posterior(
+                predictor,
                 torch.from_numpy(flux[usable]),
                 torch.from_numpy(mask[usable]),
-                torch.from_numpy(store.noise[chosen[usable]]),
+                torch.from_numpy(noise[usable]),
+                np.nan_to_num(z[usable]),
+                choices.z_err[chosen[usable]],
             )
-            redshift = torch.tensor(np.nan_to_num(store.z[chosen[usable]]), dtype=torch.float32)
-            estimate = site.predictor.estimate(images, valid, redshift)
-            mean[usable], sigma[usable] = (values.numpy() for values in estimate)
-        yield _Batch(rows, mean, sigma, 1.0 - mask.mean(axis=(1, 2, 3)))
+            summary = predictor.summary(found, z[usable], choices.prior, choices.correct_shrinkage)
+            for name, values in summary.items():
+                columns[name][usable] = values
+            training_mass = np.full(len(rows), np.nan)
+            training_mass[usable] = found.centre
+        else:
+            training_mass = columns["log10_m500c"]
+        yield _Batch(rows, columns, _flags(site, chosen, flux, mask, training_mass))
+
+
+def _posterior(
+    predictor: Predictor, flux: Tensor, mask: Tensor, noise: Tensor, z: np.ndarray, z_err: np.ndarray
+) -> Posterior:
+    """Posteriors, widened by what the errors of the redshifts do to the estimate."""
+
+    def of(flux: Tensor, mask: Tensor, noise: Tensor, z: np.ndarray) -> Posterior:
+        redshift = torch.tensor(z, dtype=torch.float32)
+        images, valid = prepare(flux, mask, noise)
+        return predictor.posterior(predictor.regressors[0].rescale(images, noise, redshift), valid, redshift)
+
+    found = of(flux, mask, noise, z)
+    uncertain = np.flatnonzero(z_err > 0)
+    if len(uncertain):
+        ends = []
+        for sign in (-1, 1):
+            # Not below half the redshift: errors of photometric redshifts can be of its own size.
+            other = np.maximum(z[uncertain] + sign * z_err[uncertain], z[uncertain] / 2)
+            seen = as_seen_at(predictor.grid, flux[uncertain], mask[uncertain], noise[uncertain], z[uncertain], other)
+            ends.append(of(*seen, other).centre)
+        extra = np.zeros(len(z))
+        extra[uncertain] = ((ends[1] - ends[0]) / 2) ** 2
+        found = found.widened(extra)
+    return found
+
+
+def as_seen_at(
+    grid: GridConfig, flux: Tensor, mask: Tensor, noise: Tensor, z: np.ndarray, other: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cutouts as they would have been made at other redshifts: on a grid in kpc, wider or narrower on the sky.
+
+    Args:
+        grid: of the cutouts.
+        flux: (n, n_bands, h, w) nanomaggies per pixel.
+        mask: (n, n_bands, h, w) bool, True = unusable.
+        noise: (n, n_bands) nanomaggies.
+        z: (n,) redshifts at which they were made.
+        other: (n,) the other redshifts.
+
+    Returns:
+        flux, mask and noise; what would lie outside is the cutout's own edge, mirrored.
+    """
+    if grid.width_kpc is None:
+        return flux, mask, noise
+    ratio = torch.tensor(kpc_per_arcsec(z) / kpc_per_arcsec(other), dtype=flux.dtype)
+    corners = torch.zeros(len(z), 2, 3, dtype=flux.dtype)
+    corners[:, 0, 0] = corners[:, 1, 1] = ratio
+    places = F.affine_grid(corners, list(flux.shape), align_corners=False)
+    area = ratio[:, None, None, None] ** 2
+    moved = F.grid_sample(flux, places, padding_mode="reflection", align_corners=False) * area
+    hidden = F.grid_sample(mask.to(flux.dtype), places, padding_mode="border", align_corners=False) > 0.5
+    return moved, hidden, noise * ratio[:, None]
+
+
+def _flags(site: _Site, chosen: np.ndarray, flux: np.ndarray, mask: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """Bits that say what is wrong with some images or their estimates; ``mass`` under the training prior."""
+    predictor, store = site.predictor, site.store
+    info, reference = predictor.info, predictor.reference
+    noise, z = store.noise[chosen], store.z[chosen]
+    unlike, glaring = reference.unlike(image_statistics(flux, mask, noise), z)
+    scale = store.pixel_scale_arcsec[chosen]
+    if predictor.grid.width_kpc is not None:
+        expected = predictor.grid.width_kpc / kpc_per_arcsec(np.where(z > 0, z, np.nan)) / predictor.grid.n_pixels
+    else:
+        expected = np.full(len(z), float(predictor.grid.width_arcsec or np.nan) / predictor.grid.n_pixels)
+    seen = np.isfinite(noise)
+    wrong = {
+        Flag.REDSHIFT_EXTRAPOLATED: (z < info["z_range"][0]) | (z > info["z_range"][1]),
+        Flag.LOW_COVERAGE: 1.0 - mask.mean(axis=(1, 2, 3)) < info["min_coverage"],
+        Flag.MISSING_BAND: seen.any(axis=1) & ~seen.all(axis=1),
+        Flag.NO_ESTIMATE: ~np.isfinite(mass),
+        Flag.OTHER_PIXEL_SCALE: np.abs(scale / expected - 1) > _SCALE_TOLERANCE,
+        Flag.BRIGHT_STAR: glaring,
+        Flag.UNLIKE_TRAINING: unlike,
+        Flag.NO_CLUSTER_SEEN: mass < reference.lowest_mass(z),
+    }
+    bits = np.zeros(len(chosen), np.int64)
+    for flag, where in wrong.items():
+        bits[where] |= int(flag)
+    return bits
 
 
 def as_estimates(table: QTable) -> list[MassEstimate]:

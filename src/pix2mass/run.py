@@ -4,14 +4,15 @@ Files of a run folder::
 
     config.toml             the configuration as resolved
     model.json              what predict needs beside the weights: bands, grid, encoder, redshift range, error scale
-    encoder.safetensors     network 1
+    encoder.safetensors     network 1: the encoder
+    band-head.safetensors   network 1: what tells the bands from its features
     fold-K.safetensors      network 2 of fold K, scaler included
     catalog.ecsv            the labelled clusters trained on
     folds.ecsv              which cluster is in which fold
     train-out-of-fold.ecsv  their masses by the networks that did not see them
     predictions.ecsv        out-of-fold mass of every labelled cluster, beside label, richness and (mock) truth
     metrics.json            every score with its baselines
-    maps/ID.npz             attribution maps
+    maps/ID.npz, ID.fits    attribution maps
     report.html             all of it, to look at
     provenance.json         versions, seed, checksums, command
     stages.json             finished stages: what they were made from and how long they took

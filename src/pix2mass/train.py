@@ -10,6 +10,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,30 @@ from astropy import units as u
 from astropy.coordinates import SkyCoord, search_around_sky
 from astropy.table import QTable
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators.cuda import CUDAAccelerator
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pix2mass.config import OptimConfig, PretrainConfig, TrainConfig
+from pix2mass.calibrate import Shrinkage, TrainingPrior, cross_calibrate, fit_calibration
+from pix2mass.config import GridConfig, OptimConfig, PretrainConfig, TrainConfig
 from pix2mass.model import (
     BandClassifier,
     Encoder,
+    FusedRegressor,
     MassRegressor,
+    Regressor,
+    ViewMatcher,
     combine,
     dihedral,
+    make_regressor,
     negative_log_likelihood,
     prepare,
-    usable_share,
 )
 from pix2mass.run import RunFolder, digest
 from pix2mass.store import ImageStore
+from pix2mass.trust import Reference, image_statistics
 from pix2mass.types import Pix2massError
 
 Progress = Callable[[int, int], None]
@@ -54,7 +61,10 @@ _MIN_BAND_COVERAGE = 0.5
 
 
 class _EpochSampler(Sampler):
-    """Row numbers in an order drawn from (seed, epoch), each with its epoch so that augmentation can use it too."""
+    """Row numbers in an order drawn from (seed, epoch), each with its epoch so that augmentation can use it too.
+
+    Of K processes that train together each takes every K-th row, so that their K batches are one batch of one process.
+    """
 
     def __init__(self, n: int, seed: int) -> None:
         self.n, self.seed, self.epoch = n, seed, 0
@@ -62,12 +72,19 @@ class _EpochSampler(Sampler):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    @staticmethod
+    def _place() -> tuple[int, int]:
+        """Number of this process, and how many there are."""
+        together = distributed.is_available() and distributed.is_initialized()
+        return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+
     def __len__(self) -> int:
-        return self.n
+        return self.n // self._place()[1]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        rank, processes = self._place()
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
-        return iter((self.epoch, int(i)) for i in order)
+        return iter((self.epoch, int(i)) for i in order[: self.n - self.n % processes][rank::processes])
 
 
 class _Batches(Dataset):
@@ -85,9 +102,15 @@ class _Batches(Dataset):
         return self.read(-1, np.array(keys))
 
 
-def _loader(n: int, read: Callable[[int, np.ndarray], dict[str, Any]], batch_size: int, seed: int | None) -> DataLoader:
+def _loader(
+    n: int,
+    read: Callable[[int, np.ndarray], dict[str, Any]],
+    batch_size: int,
+    seed: int | None,
+    processes: int = 1,
+) -> DataLoader:
     # A last batch of one image would give batch normalisation nothing to normalise.
-    drop_last = seed is not None and n > batch_size
+    drop_last = seed is not None and n // processes > batch_size
     sampler = None if seed is None else _EpochSampler(n, seed)
     return DataLoader(
         _Batches(n, read), batch_size, sampler=sampler, collate_fn=lambda batch: batch, drop_last=drop_last
@@ -111,7 +134,7 @@ class _Task(lightning.LightningModule):
 
     def validation_step(self, batch: Any, _: int) -> None:
         loss, n = self._step(batch)
-        self.log("val_loss", loss, batch_size=n)
+        self.log("val_loss", loss, batch_size=n, sync_dist=self.config.processes > 1)
 
     def configure_optimizers(self) -> Any:
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
@@ -126,7 +149,8 @@ class _Report(Callback):
         self.progress = progress
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        self.progress(trainer.current_epoch + 1, trainer.max_epochs or 0)
+        if trainer.is_global_zero:
+            self.progress(trainer.current_epoch + 1, trainer.max_epochs or 0)
 
 
 def _fit(
@@ -153,6 +177,7 @@ def _fit(
     stop = EarlyStopping("val_loss", patience=config.patience, check_on_train_epoch_end=True)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    together, threads = config.processes > 1, torch.get_num_threads()
     with warnings.catch_warnings():
         # Lightning's advice on workers does not hold: batches come from memory maps.
         warnings.filterwarnings("ignore", module="lightning.*")
@@ -161,7 +186,13 @@ def _fit(
             trainer = lightning.Trainer(
                 max_epochs=epochs,
                 accelerator=config.accelerator,
-                devices=1,
+                devices=config.devices,
+                num_nodes=config.num_nodes,
+                precision=config.precision,
+                # Forked, since what is trained on is made of functions; a fork of a process with threads must use one.
+                strategy="ddp_fork" if together else "auto",
+                sync_batchnorm=together and config.accelerator != "cpu" and CUDAAccelerator.is_available(),
+                use_distributed_sampler=False,
                 logger=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
@@ -172,12 +203,18 @@ def _fit(
         except MisconfigurationException as error:
             raise Pix2massError(f"accelerator {config.accelerator!r}: {error}; use --accelerator cpu or auto") from None
         last = checkpoints / "last.ckpt"
-        resume = str(last) if _is_whole(last) else None
+        # Other machines have no checkpoint to go on from.
+        resume = str(last) if config.num_nodes == 1 and _is_whole(last) else None
         try:
+            torch.set_num_threads(1 if together else threads)
             trainer.fit(task, train, validation, ckpt_path=resume, weights_only=True)
         except SystemExit as stopped:  # what Lightning makes of Ctrl-C
             raise KeyboardInterrupt from stopped
-    state = torch.load(checkpoints / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+        finally:
+            torch.set_num_threads(threads)
+    # Of several machines the first one writes.
+    kept = checkpoints / "best.ckpt" if config.num_nodes == 1 else Path(best.best_model_path)
+    state = torch.load(kept, map_location="cpu", weights_only=True)["state_dict"]
     task.load_state_dict(state)
     network.eval().cpu()
 
@@ -214,14 +251,14 @@ def pretrain(
     test_store: ImageStore | None = None,
     progress: Progress | None = None,
 ) -> Encoder:
-    """Train network 1 to tell the band of single-band images and keep its encoder in the run folder.
+    """Train network 1 on a task that needs no labels and keep its encoder in the run folder.
 
     Args:
         store: unlabelled images.
-        folder: gets ``encoder.safetensors`` and ``pretrain.json``.
+        folder: gets ``encoder.safetensors``, ``pretrain.json`` and, of the task "bands", ``band-head.safetensors``.
         config: of the stage.
         seed: of every random number.
-        test_store: images that took no part, for the accuracy; the validation share of ``store`` if None.
+        test_store: images that took no part, for the band accuracy; the validation share of ``store`` if None.
         progress: called with (epoch, epochs).
 
     Returns:
@@ -239,33 +276,36 @@ def pretrain(
         return load_encoder(folder)
     checkpoints = folder / "checkpoints" / f"pretrain-{key}"
     with folder.stage("pretrain", key) as facts:
-        rows = np.arange(len(store))
-        fitted, validation = _split(len(rows), config.validation_share, seed)
-        classifier = _train_classifier(store, fitted, validation, config, seed, checkpoints, progress)
-        confusion = (
-            band_confusion(classifier, test_store, np.arange(len(test_store)))
-            if test_store is not None
-            else band_confusion(classifier, store, validation)
-        )
-        folder.save_weights("encoder", classifier.encoder.state_dict())
-        facts["band_accuracy"] = accuracy(confusion)
+        n_images = min(config.n_images or len(store), len(store))
+        rows = np.sort(np.random.default_rng([seed, 78]).permutation(len(store))[:n_images])
+        fitted, validation = (rows[part] for part in _split(len(rows), config.validation_share, seed))
+        if config.task == "bands":
+            network = _train_classifier(store, fitted, validation, config, seed, checkpoints, progress)
+            tested, chosen = (store, validation) if test_store is None else (test_store, np.arange(len(test_store)))
+            confusion = band_confusion(network, tested, chosen)
+            facts |= {"band_accuracy": accuracy(confusion), "band_confusion": confusion.tolist()}
+            folder.save_weights("band-head", network.head.state_dict())
+        else:
+            network = _train_matcher(store, fitted, validation, config, seed, checkpoints, progress)
+            (folder / "band-head.safetensors").unlink(missing_ok=True)
+        folder.save_weights("encoder", network.encoder.state_dict())
         folder.write_json(
             "pretrain.json",
             {
+                "task": config.task,
                 "encoder": config.encoder,
                 "bands": store.grid.bands,
                 "grid": store.grid.model_dump(mode="json"),
-                "band_accuracy": accuracy(confusion),
-                "band_confusion": confusion.tolist(),
+                **facts,
                 "tested_on": "validation share" if test_store is None else f"{len(test_store)} other images",
                 "tested_images_seen": 0 if test_store is None else shared_positions(test_store, store),
                 "n_images": len(rows),
-                "ra_deg": store.ra_deg.tolist(),
-                "dec_deg": store.dec_deg.tolist(),
+                "ra_deg": store.ra_deg[rows].tolist(),
+                "dec_deg": store.dec_deg[rows].tolist(),
             },
         )
     shutil.rmtree(checkpoints, ignore_errors=True)
-    return classifier.encoder
+    return network.encoder
 
 
 def leave_one_group_out(
@@ -336,26 +376,79 @@ def _train_classifier(
         def read(epoch: int, indices: np.ndarray) -> dict[str, Any]:
             images, band = _single_band_images(store, rows[indices])
             if epoch >= 0:
-                rng = np.random.default_rng([seed, epoch, int(indices[0])])
-                views = rng.integers(8, size=len(images))
-                gain = np.exp(config.gain_jitter * rng.standard_normal(len(images))).astype(np.float32)
-                images = torch.stack([dihedral(image, view) for image, view in zip(images, views, strict=True)])
-                images = torch.asinh(torch.sinh(images) * torch.from_numpy(gain)[:, None, None, None])
-            return {"images": images, "band": band}
+                images = _another_view(images, config, np.random.default_rng([seed, epoch, int(indices[0])]))
+            return {"images": images, "answer": band}
 
         return read
 
+    _fit_on_single_bands(classifier, reader, store, fitted, validation, config, seed, checkpoints, progress)
+    return classifier
+
+
+def _train_matcher(
+    store: ImageStore,
+    fitted: np.ndarray,
+    validation: np.ndarray,
+    config: PretrainConfig,
+    seed: int,
+    checkpoints: Path,
+    progress: Progress | None,
+) -> ViewMatcher:
+    """Network 1 of the contrastive task: views differ by rotation, reflection, gain, a small shift and added noise."""
+    torch.manual_seed(seed)
+    encoder = Encoder(config.encoder)
+    encoder.check(store.grid.n_pixels)
+
+    def reader(rows: np.ndarray) -> Callable[[int, np.ndarray], dict[str, Any]]:
+        def read(epoch: int, indices: np.ndarray) -> dict[str, Any]:
+            images, _ = _single_band_images(store, rows[indices])
+            rng = np.random.default_rng([seed, epoch + 1, int(indices[0])])
+            views = [_another_view(images, config, rng, config.noise_jitter) for _ in range(2)]
+            views[1] = torch.roll(views[1], tuple(int(k) for k in rng.integers(-3, 4, 2)), (-2, -1))
+            return {"images": torch.cat(views), "answer": torch.arange(len(images))}
+
+        return read
+
+    matcher = ViewMatcher(encoder)
+    _fit_on_single_bands(matcher, reader, store, fitted, validation, config, seed, checkpoints, progress)
+    return matcher
+
+
+def _another_view(images: Tensor, config: PretrainConfig, rng: np.random.Generator, noise: float = 0.0) -> Tensor:
+    """Each single-band image (m, 1, h, w) turned or mirrored, with another gain and, if asked for, more noise."""
+    views = rng.integers(8, size=len(images))
+    gain = np.exp(config.gain_jitter * rng.standard_normal(len(images))).astype(np.float32)
+    images = torch.stack([dihedral(image, view) for image, view in zip(images, views, strict=True)])
+    light = torch.sinh(images) * torch.from_numpy(gain)[:, None, None, None]
+    if noise > 0:
+        light = light + noise * torch.from_numpy(rng.standard_normal(light.shape, dtype=np.float32))
+    return torch.asinh(light)
+
+
+def _fit_on_single_bands(
+    network: nn.Module,
+    reader: Callable[[np.ndarray], Callable[[int, np.ndarray], dict[str, Any]]],
+    store: ImageStore,
+    fitted: np.ndarray,
+    validation: np.ndarray,
+    config: PretrainConfig,
+    seed: int,
+    checkpoints: Path,
+    progress: Progress | None,
+) -> None:
+    """Train a network 1, in place, to give the right answer to single-band images by cross-entropy."""
+
     def step(batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        return F.cross_entropy(classifier(batch["images"]), batch["band"]), len(batch["band"])
+        return F.cross_entropy(network(batch["images"]), batch["answer"]), len(batch["answer"])
 
     cutouts_per_batch = max(1, config.batch_size // len(store.grid.bands))
     fitted, validation = (rows[_has_band(store, rows).any(axis=1)] for rows in (fitted, validation))
     if len(fitted) < 2 or len(validation) < 1:
         raise Pix2massError(f"{store.path}: too few images with usable pixels to train on ({len(fitted)})")
     _fit(
-        classifier,
+        network,
         step,
-        _loader(len(fitted), reader(fitted), cutouts_per_batch, seed),
+        _loader(len(fitted), reader(fitted), cutouts_per_batch, seed, config.processes),
         _loader(len(validation), reader(validation), _PREDICT_BATCH, None),
         config,
         config.epochs,
@@ -363,7 +456,6 @@ def _train_classifier(
         checkpoints,
         progress,
     )
-    return classifier
 
 
 def _has_band(store: ImageStore, rows: np.ndarray) -> np.ndarray:
@@ -479,16 +571,7 @@ def train(
     Raises:
         Pix2massError: bands differ from the encoder's, redshifts missing, or too few clusters.
     """
-    if config.from_scratch:
-        pretrained, encoder_name = None, folder.read_json("pretrain.json")["encoder"]
-    else:
-        info = folder.read_json("pretrain.json")
-        if info["bands"] != store.grid.bands:
-            raise Pix2massError(
-                f"{folder.path}: network 1 was trained on bands {info['bands']!r}, {store.path} holds "
-                f"{store.grid.bands!r}; build the store with --bands {info['bands']} or pretrain again"
-            )
-        pretrained, encoder_name = folder.load_weights("encoder"), info["encoder"]
+    start = _Start.of(config, folder, store)
     data = _Labelled(store, catalog, config.use_redshift)
     in_data = {cluster_id: index for index, cluster_id in enumerate(data.ids)}
     fold = np.array([fold[i] for i, cluster_id in enumerate(catalog["id"]) if str(cluster_id) in in_data], dtype=int)
@@ -503,7 +586,7 @@ def train(
         data.label_err.tolist(),
         fold.tolist(),
         "log10_m500c_true" in catalog.colnames,
-        folder.stages.get("pretrain", {}).get("key"),
+        start.key,
     )
     table_path = folder / f"{name}-out-of-fold.ecsv"
     if folder.is_done(name, key, table_path):
@@ -512,75 +595,46 @@ def train(
     checkpoints = folder / "checkpoints" / f"{name}-{key}"
     checkpoints.mkdir(parents=True, exist_ok=True)
     n_folds = int(fold.max()) + 1
-    mean, sigma = np.full(len(data), np.nan), np.full(len(data), np.nan)
+    n_networks = 1 if config.network == "fused" else n_folds
+    empty = set(range(n_folds)) - set(fold.tolist())
+    if empty:
+        raise Pix2massError(f"fold {min(empty)} has no cluster with a mass and usable pixels; use fewer folds")
     with folder.stage(name, key) as facts:
         if name == "train":  # what an earlier training left must not be taken for this one's, should this one stop
             for old in (table_path, folder / "model.json", *folder.path.glob("fold-*.safetensors")):
                 old.unlink(missing_ok=True)
-        frozen = None
-        if config.freeze_encoder:
-            encoder = Encoder(encoder_name)
-            encoder.load_state_dict(pretrained or {})
-            frozen = _FrozenFeatures(encoder.eval(), store, data.rows, config.views, checkpoints)
-        for k in range(n_folds):
-            regressor = _new_regressor(encoder_name, pretrained, len(store.grid.bands), config, seed * 1000 + k)
-            weights = checkpoints / f"fold-{k}.pt"
-            test = np.flatnonzero(fold == k)
-            if len(test) == 0:
-                raise Pix2massError(f"fold {k} has no cluster with a mass and usable pixels; use fewer folds")
-            if weights.exists():
-                regressor.load_state_dict(torch.load(weights, weights_only=True))
-                regressor.eval()
-            else:
-                _train_fold(
-                    regressor,
-                    store,
-                    data,
-                    np.flatnonzero(fold != k),
-                    frozen,
-                    config,
-                    seed * 1000 + k,
-                    checkpoints / str(k),
-                    (lambda done, total, k=k: progress(k * total + done, n_folds * total)) if progress else None,
-                )
-                part = weights.with_suffix(".part")
-                torch.save(regressor.state_dict(), part)
-                part.replace(weights)
-            mean[test], sigma[test] = _estimate(regressor, store, data, test, frozen, config.views)
-            if progress:
-                progress((k + 1) * config.epochs, n_folds * config.epochs)
-        scale = np.array(
-            [
-                error_scale(*(values[fold != k] for values in (mean, sigma, data.label, data.label_err)))
-                for k in range(n_folds)
-            ]
-        )
+        train_folds = _train_fused if config.network == "fused" else _train_bands
+        mean, sigma = train_folds(start, store, data, fold, config, seed, checkpoints, progress)
+        known = (mean, sigma, data.z, data.label, data.label_err)
+        posterior, shapes = cross_calibrate(*known, fold)
         table = QTable(
-            {"id": data.ids, "fold": fold, "log10_m500c": mean, "log10_m500c_err": sigma * scale[fold]},
-            meta={"errors": "scaled so that 68% of the other folds' labels are covered"},
+            {"id": data.ids, "fold": fold, **posterior.columns()},
+            meta={"errors": "calibrated on the other folds' labels", "shape_of_fold": shapes},
         )
         part = table_path.with_name(f".{table_path.name}.part")
         table.write(part, format="ascii.ecsv", overwrite=True)
         part.replace(table_path)
         if name == "train":
-            for k in range(n_folds):
+            for k in range(n_networks):
                 folder.save_weights(f"fold-{k}", torch.load(checkpoints / f"fold-{k}.pt", weights_only=True))
-            covered = _coverage(store, data.rows)
+            covered, statistics = _look(store, data.rows)
             folder.write_json(
                 "model.json",
                 {
                     "bands": store.grid.bands,
                     "grid": store.grid.model_dump(mode="json"),
-                    "encoder": encoder_name,
-                    "use_redshift": config.use_redshift,
-                    "folds": n_folds,
-                    "views": config.views,
-                    "error_scale": error_scale(mean, sigma, data.label, data.label_err),
+                    **start.info,
+                    "folds": n_networks,
+                    "views": 1 if config.network == "fused" else config.views,
+                    "calibration": fit_calibration(*known).as_json(),
+                    "shrinkage": Shrinkage.fit(posterior.centre, data.label, data.label_err).as_json(),
+                    "training_prior": TrainingPrior.fit(data.label, data.label_err, data.z).as_json(),
                     "z_range": [float(data.z.min()), float(data.z.max())],
                     "label_range": [float(data.label.min()), float(data.label.max())],
                     # Simulated edges pass no further than the centre: about half of the image is always left.
                     "min_coverage": min(0.5 if config.edge_probability > 0 else 1.0, float(covered.min())),
                     "prior": "the distribution of the training labels",
+                    "reference": Reference.fit(statistics, data.z, posterior.centre).as_json(),
                     "trained_on": "mock sky" if "log10_m500c_true" in catalog.colnames else "real observations",
                 },
             )
@@ -589,31 +643,190 @@ def train(
     return table
 
 
-def _coverage(store: ImageStore, rows: np.ndarray) -> np.ndarray:
-    """Usable share of the pixels of each row."""
-    parts = [1.0 - store.batch(rows[i : i + 256])[1].mean(axis=(1, 2, 3)) for i in range(0, len(rows), 256)]
-    return np.concatenate(parts)
+def _look(store: ImageStore, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Usable share of the pixels of each row (n,), and the statistics of its images (n, p)."""
+    covered, statistics = [], []
+    for i in range(0, len(rows), 256):
+        part = rows[i : i + 256]
+        flux, mask = store.batch(part)
+        covered.append(1.0 - mask.mean(axis=(1, 2, 3)))
+        statistics.append(image_statistics(flux, mask, store.noise[part]))
+    return np.concatenate(covered), np.concatenate(statistics)
 
 
-def _new_regressor(
-    encoder_name: str, pretrained: dict[str, Tensor] | None, n_bands: int, config: TrainConfig, seed: int
-) -> MassRegressor:
-    torch.manual_seed(seed)
-    encoder = Encoder(encoder_name)
-    if pretrained is not None:
-        encoder.load_state_dict(pretrained)
-    return MassRegressor(encoder, n_bands, config.use_redshift)
+@dataclass(frozen=True)
+class _Start:
+    """What the training of network 2 starts from.
+
+    Attributes:
+        info: what model.json says of the network: ``network``, ``encoder``, ``use_redshift``.
+        grid: of the images.
+        weights: of the whole network 2, or of its encoder alone; None starts from random ones.
+        whole: whether they are the whole network's, scaler included.
+        key: digest of where they come from.
+    """
+
+    info: dict[str, Any]
+    grid: GridConfig
+    weights: dict[str, Tensor] | None
+    whole: bool
+    key: str | None
+
+    @classmethod
+    def of(cls, config: TrainConfig, folder: RunFolder, store: ImageStore) -> _Start:
+        info: dict[str, Any] = {"network": config.network, "encoder": None, "use_redshift": config.use_redshift}
+        if config.start_from is not None:
+            source = RunFolder.open(config.start_from)
+            made = source.read_json("model.json")
+            for name, mine in (("network", config.network), ("use_redshift", config.use_redshift)):
+                if made.get(name, "bands") != mine:
+                    raise Pix2massError(
+                        f"{source.path}: its networks have {name} = {made.get(name, 'bands')!r}, this training asks "
+                        f"for {mine!r}; start from another run or change {name}"
+                    )
+            _same_bands(made["bands"], store, f"{source.path}: its networks were")
+            weights = source.load_weights("fold-0")
+            return cls({**info, "encoder": made["encoder"]}, store.grid, weights, True, digest(_fingerprint(weights)))
+        if config.network == "fused":
+            return cls(info, store.grid, None, False, None)
+        pretrained = folder.read_json("pretrain.json")
+        info["encoder"], key = pretrained["encoder"], folder.stages.get("pretrain", {}).get("key")
+        if config.from_scratch:
+            return cls(info, store.grid, None, False, key)
+        _same_bands(pretrained["bands"], store, f"{folder.path}: network 1 was")
+        return cls(info, store.grid, folder.load_weights("encoder"), False, key)
+
+    def regressor(self, seed: int) -> Regressor:
+        """A network 2 with these weights, the others random."""
+        torch.manual_seed(seed)
+        regressor = make_regressor(self.info, self.grid)
+        if self.weights is not None:
+            (regressor if self.whole else regressor.encoder).load_state_dict(self.weights)
+        return regressor
+
+
+def _fingerprint(weights: dict[str, Tensor]) -> list[list[float]]:
+    return [[*map(float, value.shape), float(value.double().sum())] for _, value in sorted(weights.items())]
+
+
+def _same_bands(bands: str, store: ImageStore, whose: str) -> None:
+    if bands != store.grid.bands:
+        raise Pix2massError(
+            f"{whose} trained on bands {bands!r}, {store.path} holds {store.grid.bands!r}; build the store with "
+            f"--bands {bands} or train again"
+        )
+
+
+def _of_bands(regressor: Regressor) -> MassRegressor:
+    assert isinstance(regressor, MassRegressor)
+    return regressor
+
+
+def _train_bands(
+    start: _Start,
+    store: ImageStore,
+    data: _Labelled,
+    fold: np.ndarray,
+    config: TrainConfig,
+    seed: int,
+    checkpoints: Path,
+    progress: Progress | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Train one network per fold, kept as ``fold-K.pt``; mean and sigma (n,) of each cluster by the one that has not
+    seen it."""
+    mean, sigma = np.full(len(data), np.nan), np.full(len(data), np.nan)
+    n_folds = int(fold.max()) + 1
+    frozen = None
+    if config.freeze_encoder:
+        frozen = _FrozenFeatures(_of_bands(start.regressor(seed)).eval(), store, data, config.views, checkpoints)
+    for k in range(n_folds):
+        regressor = _of_bands(start.regressor(seed * 1000 + k))
+        weights = checkpoints / f"fold-{k}.pt"
+        test = np.flatnonzero(fold == k)
+        if weights.exists():
+            regressor.load_state_dict(torch.load(weights, weights_only=True))
+            regressor.eval()
+        else:
+            _train_fold(
+                regressor,
+                store,
+                data,
+                np.flatnonzero(fold != k),
+                frozen,
+                start.whole,
+                config,
+                seed * 1000 + k,
+                checkpoints / str(k),
+                (lambda done, total, k=k: progress(k * total + done, n_folds * total)) if progress else None,
+            )
+            _keep(regressor, weights)
+        mean[test], sigma[test] = _estimate(regressor, store, data, test, frozen, config.views)
+        if progress:
+            progress((k + 1) * config.epochs, n_folds * config.epochs)
+    return mean, sigma
+
+
+def _check_enough(n: int) -> None:
+    if n < 8:
+        raise Pix2massError(f"{n} clusters are left to train a fold on, expected at least 8; use fewer folds")
+
+
+def _keep(network: nn.Module, path: Path) -> None:
+    part = path.with_suffix(".part")
+    torch.save(network.state_dict(), part)
+    part.replace(path)
+
+
+def _train_fused(
+    start: _Start,
+    store: ImageStore,
+    data: _Labelled,
+    fold: np.ndarray,
+    config: TrainConfig,
+    seed: int,
+    checkpoints: Path,
+    progress: Progress | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`_train_bands`: what the network sees in the images is the same for all folds, the fit takes seconds. So
+    a network fitted to all labels is what is kept, as ``fold-0.pt``, and those of the folds only tell its errors."""
+
+    def new() -> FusedRegressor:
+        regressor = start.regressor(seed)
+        assert isinstance(regressor, FusedRegressor)
+        return regressor
+
+    regressor, parts = new(), []
+    with torch.no_grad():
+        for begin in range(0, len(data), _PREDICT_BATCH):
+            part = np.arange(begin, min(begin + _PREDICT_BATCH, len(data)))
+            parts.append(regressor.pool(*_prepared(regressor, store, data, part)))
+            if progress:
+                progress(int(part[-1]) + 1, len(data))
+    pooled = torch.cat(parts)
+    z, label, label_err = (torch.tensor(v, dtype=torch.float32) for v in (data.z, data.label, data.label_err))
+    mean, sigma = np.full(len(data), np.nan), np.full(len(data), np.nan)
+    for k in range(int(fold.max()) + 1):
+        regressor = new()
+        train, test = torch.from_numpy(np.flatnonzero(fold != k)), torch.from_numpy(np.flatnonzero(fold == k))
+        _check_enough(len(train))
+        regressor.fit(pooled[train], z[train], label[train], label_err[train], seed * 1000 + k, start.whole)
+        with torch.no_grad():
+            mean[test], sigma[test] = (values.numpy() for values in regressor.from_pooled(pooled[test], z[test]))
+    regressor = new()
+    regressor.fit(pooled, z, label, label_err, seed, start.whole)
+    _keep(regressor, checkpoints / "fold-0.pt")
+    return mean, sigma
 
 
 class _FrozenFeatures:
     """Feature maps of every labelled cluster in several views, computed once and kept on disk for all folds."""
 
-    def __init__(self, encoder: Encoder, store: ImageStore, rows: np.ndarray, views: int, cache: Path) -> None:
+    def __init__(self, regressor: MassRegressor, store: ImageStore, data: _Labelled, views: int, cache: Path) -> None:
         done = cache / "features.done"
-        n_pixels = store.grid.n_pixels
-        probe = encoder(torch.zeros(1, 1, n_pixels, n_pixels))
+        with torch.no_grad():
+            probe = regressor.features(*_prepared(regressor, store, data, np.zeros(1, int))[::2])
         # Channels last: the layout in which mixing them is fastest.
-        shapes = [(len(rows), views, *level.shape[2:], len(store.grid.bands) * level.shape[1]) for level in probe]
+        shapes = [(len(data), views, *level.shape[2:], level.shape[1]) for level in probe]
         files = [cache / f"features-{level}.npy" for level in range(len(shapes))]
         if not done.exists():
             arrays = [
@@ -621,15 +834,13 @@ class _FrozenFeatures:
                 for file, shape in zip(files, shapes, strict=True)
             ]
             with torch.no_grad():
-                for start in range(0, len(rows), _PREDICT_BATCH):
-                    part = slice(start, min(start + _PREDICT_BATCH, len(rows)))
-                    images, _ = prepare(*_as_tensors(store, rows[part]))
-                    n, n_bands = images.shape[:2]
+                for start in range(0, len(data), _PREDICT_BATCH):
+                    part = np.arange(start, min(start + _PREDICT_BATCH, len(data)))
+                    images, _, z = _prepared(regressor, store, data, part)
                     for view in range(views):
-                        single = dihedral(images, view).reshape(n * n_bands, 1, *images.shape[2:])
-                        for array, level in zip(arrays, encoder(single), strict=True):
-                            maps = level.reshape(n, -1, *level.shape[2:])
-                            array[part, view] = maps.permute(0, 2, 3, 1).half().numpy()
+                        levels = regressor.features(dihedral(images, view), z)
+                        for array, level in zip(arrays, levels, strict=True):
+                            array[part, view] = level.permute(0, 2, 3, 1).half().numpy()
             for array in arrays:
                 array.flush()
             done.touch()
@@ -640,49 +851,61 @@ class _FrozenFeatures:
         return [part.float().permute(0, 3, 1, 2) for part in parts]
 
 
+def _prepared(
+    regressor: Regressor, store: ImageStore, data: _Labelled, part: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, usable share and redshifts of some labelled clusters, as the network takes them."""
+    z = torch.tensor(data.z[part], dtype=torch.float32)
+    flux, mask, noise = _as_tensors(store, data.rows[part])
+    images, valid = prepare(flux, mask, noise)
+    return regressor.rescale(images, noise, z), valid, z
+
+
 def _train_fold(
     regressor: MassRegressor,
     store: ImageStore,
     data: _Labelled,
     part: np.ndarray,
     frozen: _FrozenFeatures | None,
+    scaled: bool,
     config: TrainConfig,
     seed: int,
     checkpoints: Path,
     progress: Progress | None,
 ) -> None:
-    """Train one regressor on a part of the labelled clusters; the scaler sees that part's training share alone."""
+    """Train one regressor on a part of the labelled clusters; the scaler, unless it is ``scaled`` already, sees that
+    part's training share alone."""
     fitted, validation = (part[indices] for indices in _split(len(part), config.validation_share, seed))
-    if len(fitted) < 8:
-        raise Pix2massError(f"{len(fitted)} clusters are left to train a fold on, expected at least 8; use fewer folds")
-    views = config.views
-    sample = fitted[:_SCALER_SAMPLE]
+    _check_enough(len(fitted))
+    views = 8 if frozen is None else config.views
     if frozen is not None:
         regressor.encoder.requires_grad_(False)
-        levels = frozen.read(sample, np.zeros(len(sample), int))
-    else:
+    if not scaled:
+        sample = fitted[:_SCALER_SAMPLE]
         with torch.no_grad():
-            levels = regressor.eval().features(prepare(*_as_tensors(store, data.rows[sample]))[0])
-    regressor.fit_scaler(torch.tensor(data.label[fitted]).float(), torch.tensor(data.z[fitted]).float(), levels)
+            images, _, z = _prepared(regressor.eval(), store, data, sample)
+            levels = frozen.read(sample, np.zeros(len(sample), int)) if frozen else regressor.features(images, z)
+        regressor.fit_scaler(torch.tensor(data.label[fitted]).float(), torch.tensor(data.z[fitted]).float(), levels)
 
     def reader(members: np.ndarray) -> Callable[[int, np.ndarray], dict[str, Any]]:
         def read(epoch: int, indices: np.ndarray) -> dict[str, Any]:
             chosen = members[indices]
             rng = np.random.default_rng([seed, max(epoch, 0), int(indices[0])])
             view = rng.integers(views, size=len(chosen)) if epoch >= 0 else np.zeros(len(chosen), int)
-            flux, mask, noise = _as_tensors(store, data.rows[chosen])
-            valid = usable_share(mask, noise)
+            images, valid, z = _prepared(regressor, store, data, chosen)
             valid = torch.stack([dihedral(one, int(v)) for one, v in zip(valid, view, strict=True)])
-            batch: dict[str, Any] = {}
+            batch: dict[str, Any] = {"z": z}
             if epoch >= 0:
                 valid = valid * _random_edges(len(chosen), valid.shape[-1], config.edge_probability, rng)
             if frozen is not None:
                 batch["levels"] = frozen.read(chosen, view)
             else:
-                images, _ = prepare(flux, mask, noise)
                 images = torch.stack([dihedral(one, int(v)) for one, v in zip(images, view, strict=True)])
+                if epoch >= 0 and config.shift_pixels:
+                    rows, columns = (int(k) for k in rng.integers(-config.shift_pixels, config.shift_pixels + 1, 2))
+                    images, valid = (torch.roll(values, (rows, columns), (-2, -1)) for values in (images, valid))
                 batch["images"] = images * (valid > 0)[:, None]
-            for name, values in (("z", data.z), ("label", data.label), ("label_err", data.label_err)):
+            for name, values in (("label", data.label), ("label_err", data.label_err)):
                 batch[name] = torch.tensor(values[chosen], dtype=torch.float32)
             return {**batch, "valid": valid}
 
@@ -700,7 +923,7 @@ def _train_fold(
     _fit(
         regressor,
         step,
-        _loader(len(fitted), reader(fitted), config.batch_size, seed),
+        _loader(len(fitted), reader(fitted), config.batch_size, seed, config.processes),
         _loader(len(validation), reader(validation), _PREDICT_BATCH, None),
         config,
         config.epochs,
@@ -732,16 +955,13 @@ def _estimate(
     results = []
     for start in range(0, len(part), _PREDICT_BATCH):
         chosen = part[start : start + _PREDICT_BATCH]
-        z = torch.tensor(data.z[chosen], dtype=torch.float32)
-        flux, mask, noise = _as_tensors(store, data.rows[chosen])
-        valid = usable_share(mask, noise)
-        images = prepare(flux, mask, noise)[0] if frozen is None else flux  # with frozen features only valid is used
+        images, valid, z = _prepared(regressor, store, data, chosen)
         per_view = []
         for view in range(views):
             levels = (
                 frozen.read(chosen, np.full(len(chosen), view))
                 if frozen is not None
-                else regressor.features(dihedral(images, view))
+                else regressor.features(dihedral(images, view), z)
             )
             per_view.append(regressor.from_features(levels, dihedral(valid, view), z))
         results.append(combine(*(torch.stack(values) for values in zip(*per_view, strict=True))))
@@ -749,21 +969,56 @@ def _estimate(
     return mean, sigma
 
 
-def error_scale(mean: np.ndarray, sigma: np.ndarray, label: np.ndarray, label_err: np.ndarray) -> float:
-    """Factor on sigma with which 68.27% of the labels lie within one standard deviation, label errors included.
+# ---- richness beside the pixels ------------------------------------------------------------------------------------
 
-    Args:
-        mean: (n,) out-of-fold estimates.
-        sigma: (n,) their standard deviations as the network gives them.
-        label: (n,) measured log10 M500c.
-        label_err: (n,) their standard errors.
 
-    Returns:
-        The factor, between 0.2 and 5, found by bisection.
+@dataclass(frozen=True)
+class RichnessBlend:
+    """Mass from a network's estimate and a measured richness together.
+
+    log10 M = constant + network (estimate - 14.5) + richness log10(lambda / 40) + redshift log10((1 + z) / 1.3), by
+    least squares on clusters that the network has not seen.
     """
-    low, high = 0.2, 5.0
-    for _ in range(40):
-        middle = np.sqrt(low * high)
-        inside = np.abs(label - mean) <= np.sqrt((middle * sigma) ** 2 + label_err**2)
-        low, high = (low, middle) if inside.mean() > 0.6827 else (middle, high)
-    return float(np.sqrt(low * high))
+
+    constant: float
+    network: float
+    richness: float
+    redshift: float
+
+    @classmethod
+    def fit(cls, estimate: np.ndarray, richness: np.ndarray, z: np.ndarray, label: np.ndarray) -> RichnessBlend:
+        """Fit to out-of-fold estimates.
+
+        Args:
+            estimate: (n,) log10 M500c of networks that did not see the cluster.
+            richness: (n,) measured lambda; clusters without one are left out.
+            z: (n,) redshifts.
+            label: (n,) measured log10 M500c.
+
+        Raises:
+            Pix2massError: fewer than 20 clusters have a richness.
+        """
+        terms, label = cls._terms(estimate, richness, z), np.asarray(label, float)
+        known = np.isfinite(terms).all(axis=1) & np.isfinite(label)
+        if known.sum() < 20:
+            raise Pix2massError(
+                f"richness: expected at least 20 labelled clusters with a richness, found {known.sum()}"
+            )
+        return cls(*map(float, np.linalg.lstsq(terms[known], label[known], rcond=None)[0]))
+
+    @staticmethod
+    def _terms(estimate: np.ndarray, richness: np.ndarray, z: np.ndarray) -> np.ndarray:
+        # A filter that finds no galaxies says 0: the cluster then has at most a few.
+        richness = np.maximum(np.asarray(richness, float), 2.0)
+        columns = (
+            np.asarray(estimate, float) - 14.5,
+            np.log10(richness / 40),
+            np.log10((1 + np.asarray(z, float)) / 1.3),
+        )
+        return np.stack([np.ones(len(richness)), *columns], axis=1)
+
+    def predict(self, estimate: np.ndarray, richness: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """log10 M500c (n,); NaN without a richness."""
+        return self._terms(estimate, richness, z) @ np.array(
+            [self.constant, self.network, self.richness, self.redshift]
+        )

@@ -41,6 +41,10 @@ class Flag(IntFlag):
     REDSHIFT_EXTRAPOLATED = 1 << 16
     LOW_COVERAGE = 1 << 17
     NO_ESTIMATE = 1 << 18
+    OTHER_PIXEL_SCALE = 1 << 19
+    BRIGHT_STAR = 1 << 20
+    UNLIKE_TRAINING = 1 << 21
+    NO_CLUSTER_SEEN = 1 << 22
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,8 +66,26 @@ FLAG_MEANING = {
     Flag.REDSHIFT_EXTRAPOLATED: "the redshift lies outside the range the run was trained on",
     Flag.LOW_COVERAGE: "less of the cutout is covered than in any training image",
     Flag.NO_ESTIMATE: "there are no usable pixels: no mass is given",
+    Flag.OTHER_PIXEL_SCALE: "the pixels are larger or smaller than the run's grid has at this redshift",
+    Flag.BRIGHT_STAR: "a source is far brighter than in the training images",
+    Flag.UNLIKE_TRAINING: "the image's brightness, texture or colours are far from those of the training images",
+    Flag.NO_CLUSTER_SEEN: "the estimate is lower than nearly all of the training clusters got: perhaps blank sky",
 }
 """One sentence per flag, for reports and tables."""
+
+UNTRUSTED = (
+    Flag.OUTSIDE
+    | Flag.MISSING_BAND
+    | Flag.UNREADABLE
+    | Flag.REDSHIFT_EXTRAPOLATED
+    | Flag.LOW_COVERAGE
+    | Flag.NO_ESTIMATE
+    | Flag.OTHER_PIXEL_SCALE
+    | Flag.BRIGHT_STAR
+    | Flag.UNLIKE_TRAINING
+    | Flag.NO_CLUSTER_SEEN
+)
+"""An estimate with any of these is not to be trusted; the other flags are remarks."""
 
 
 def check_bands(bands: str | Iterable[str]) -> str:

@@ -19,6 +19,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from pix2mass.report.drawing import (
     BLUE,
     GREEN,
+    GREY,
+    GROUND,
+    INK,
     MASS_LABEL,
     ORANGE,
     PURPLE,
@@ -145,10 +148,10 @@ def _draw_sky(ax: Axes, labelled: QTable, unlabelled: QTable, sources: _Sources)
     ticks = np.arange(30, 360, 60)
     sky.set_xticks(np.deg2rad(180.0 - ticks), [f"{tick}°" for tick in ticks])
     sky.set_yticks(np.deg2rad([-60, -30, 0, 30, 60]), ["−60°", "−30°", "0°", "+30°", "+60°"])
-    sky.tick_params(labelsize=8, colors="0.25")
+    sky.tick_params(labelsize=8)
     for label in sky.get_xticklabels():  # they stand on the equator, among the clusters
-        label.set(path_effects=[withStroke(linewidth=3, foreground="white")], zorder=10)
-    sky.grid(color="0.85", lw=0.5)
+        label.set(path_effects=[withStroke(linewidth=3, foreground=GROUND)], zorder=10)
+    sky.grid(color=GREY, alpha=0.5, lw=0.5)
     sky.set_axisbelow(False)
     sky.set_xlabel("right ascension (ICRS)", labelpad=10)
     sky.set_ylabel("declination (ICRS)")
@@ -169,7 +172,7 @@ def _draw_richness(ax: Axes, labelled: QTable, sources: _Sources, fit: RichnessF
     x = np.geomspace(np.nanmin(richness), np.nanmax(richness), 50)
     line = fit.a + fit.b * np.log10(x / _PIVOT_RICHNESS)
     ax.fill_between(x, line - fit.rms_dex, line + fit.rms_dex, color="0.5", alpha=0.22, lw=0, zorder=0)
-    ax.plot(x, line, color="black", lw=1.6)
+    ax.plot(x, line, color=INK, lw=1.6)
     ax.set_xscale("log")
     ticks = [tick for tick in (20, 30, 50, 100, 200, 300) if x[0] * 0.95 <= tick <= x[-1] * 1.05]
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -181,7 +184,7 @@ def _draw_richness(ax: Axes, labelled: QTable, sources: _Sources, fit: RichnessF
 
 def _draw_offsets(ax: Axes, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
     rows = np.arange(len(before))
-    ax.axvline(0, color="0.4", lw=1)
+    ax.axvline(0, color=GREY, lw=1)
     for pairs, shift, colour, marker, label in (
         (before, -0.14, VERMILION, "o", "as published"),
         (after, 0.14, BLUE, "s", "offsets subtracted"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import math
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from astropy.table import Table
 from astropy.visualization import make_lupton_rgb
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -21,6 +23,10 @@ MASS_LABEL = r"$\log_{10}\,(M_{500c}\,/\,M_\odot)$"
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE = "#56B4E9", "#CC79A7"
 """Colours that all readers can tell apart: Okabe & Ito 2008."""
+INK, GREY, GROUND = "#1b1d21", "#6a7076", "#fefefe"
+"""Lines and text, what stands behind them, and the paper. Nothing else has these colours: a dark page changes them."""
+_DARK = {INK: "#e8e9eb", GREY: "#9aa1a8", GROUND: "#1e2125", BLUE.lower(): "#4aa8e6"}
+"""Colour of a figure -> the same on a dark page; the last ground is that of the page's panels in style.html."""
 _RGB_WEIGHT = {"u": 3.0, "g": 1.5, "r": 1.0, "i": 0.7, "z": 0.55}
 """Weights with which an early-type galaxy at z about 0.2 comes out yellow in a colour composite."""
 STYLE: dict[Any, Any] = {
@@ -31,8 +37,14 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "svg.fonttype": "path",
     "svg.hashsalt": "pix2mass",
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.facecolor": GROUND,
+    "figure.facecolor": GROUND,
+    "savefig.facecolor": GROUND,
 }
 
 
@@ -43,13 +55,30 @@ def new_figure(width_in: float, height_in: float) -> tuple[Figure, Axes]:
 
 
 def data_uri(draw: Callable[[Axes], Any], width_in: float = 4.6, height_in: float = 3.9) -> str:
-    """Draw one panel and return it as an SVG for the src of an <img>."""
+    """Draw one panel and return it as an SVG for the src of an <img>; see :func:`figure_uri`."""
     with mpl.rc_context(STYLE):
         figure, ax = new_figure(width_in, height_in)
         draw(ax)
-        buffer = io.BytesIO()
+        return figure_uri(figure)
+
+
+def figure_uri(figure: Figure) -> str:
+    """A figure as an SVG for the src of an <img>, which follows the reader's choice of a light or a dark page.
+
+    The picture brings its own ground, so that it stays readable where a browser does not follow.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="svg", dpi=160, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    svg = buffer.getvalue()
+    names = {colour: f"--c{number}" for number, colour in enumerate(_DARK)}
+    light = "".join(f"{name}:{colour};" for colour, name in names.items())
+    dark = "".join(f"{name}:{_DARK[colour]};" for colour, name in names.items())
+    for colour, name in names.items():
+        svg = svg.replace(f": {colour}", f": var({name})")
+    style = f"<style>svg{{{light}}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+    start = svg.index(">", svg.index("<svg ")) + 1
+    return "data:image/svg+xml;base64," + base64.b64encode((svg[:start] + style + svg[start:]).encode()).decode()
 
 
 def composite(flux: np.ndarray, mask: np.ndarray, bands: str) -> tuple[np.ndarray, str]:
@@ -87,8 +116,9 @@ def numbers(table: Table, name: str) -> np.ndarray:
 
 def page_template(name: str) -> jinja2.Template:
     """A template of the folder ``templates``; everything that it is given is escaped."""
+    loader = jinja2.PackageLoader("pix2mass.report")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pix2mass.report"),
+        loader=loader,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -96,6 +126,9 @@ def page_template(name: str) -> jinja2.Template:
     environment.filters["number"] = format_number
     environment.filters["signed"] = lambda value, digits=3: format_number(value, digits, "+")
     environment.filters["duration"] = format_duration
+    script = loader.get_source(environment, "tables.js")[0]
+    environment.globals["script"] = Markup(script)
+    environment.globals["script_hash"] = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(name)
 
 
@@ -103,7 +136,8 @@ def format_number(value: Any, digits: int = 3, sign: str = "") -> str:
     """A number with a true minus sign; a dash where there is none."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "–"
-    return f"{value:{sign}.{digits}f}".replace("-", "−")
+    rounded = round(value, digits) + 0.0  # the sum takes the sign off a zero
+    return f"{rounded:{sign}.{digits}f}".replace("-", "−")
 
 
 def format_duration(seconds: float) -> str:

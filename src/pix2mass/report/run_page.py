@@ -1,52 +1,31 @@
-"""The report of a run: its figures and one HTML page that opens from disk.
+"""The report of a run: one HTML page that opens from disk, made from the run folder alone.
 
-The page is made from the run folder alone. What the folder lacks is left out, with a sentence that says so.
+What the folder lacks is left out, with a sentence that says so.
 """
 
 from __future__ import annotations
 
 import math
-import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from astropy.table import Table
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, MultipleLocator
 
-from pix2mass.cosmology import kpc_per_arcsec, r500c_kpc
-from pix2mass.report.drawing import (
-    BLUE,
-    MASS_LABEL,
-    ORANGE,
-    STYLE,
-    VERMILION,
-    composite,
-    data_uri,
-    format_number,
-    new_figure,
-    numbers,
-    page_template,
+from pix2mass.report.cluster_map import ClusterMap, cluster_panels, read_maps
+from pix2mass.report.drawing import figure_uri, format_number, page_template
+from pix2mass.report.maps import map_figure
+from pix2mass.report.run_figures import (
+    METHODS,
+    bin_name,
+    calibration_pictures,
+    confusion_picture,
+    learning_pictures,
+    mass_pictures,
+    methods_picture,
 )
+from pix2mass.report.run_files import OutOfFold, RunFiles
 from pix2mass.run import RunFolder, write_atomic
-from pix2mass.types import BANDS, Pix2massError
-
-METHODS = {
-    "network": "network (this run)",
-    "richness": "richness and redshift",
-    "richness_true": "true richness and redshift (mock only)",
-    "redshift": "redshift alone",
-    "constant": "constant (mean label)",
-    "shuffled": "network, shuffled labels (null test)",
-}
-"""Name in metrics.json -> name in tables, in the order of the tables."""
+from pix2mass.types import BANDS, FLAG_MEANING, Flag
 
 _SCORES = {
     "mae_dex": "MAE",
@@ -64,441 +43,14 @@ _BINS = {
     "reference_mass": "Reference mass, log₁₀ M500c / M☉ (coverage need not hold in these bins)",
     "predicted_mass": "Predicted mass, log₁₀ M500c / M☉",
 }
-
-_MAP_NUMBERS = ("pixel_scale_arcsec", "z", "ra_deg", "dec_deg", "log10_m500c", "log10_m500c_err")
-_MAP_IMAGES = ("flux", "integrated_gradients", "cam", "joint")
-
-
-@dataclass
-class ClusterMap:
-    """What a file maps/NAME.npz holds about one cluster.
-
-    Attributes:
-        id: name in the catalogue.
-        bands: names of the bands, in order.
-        flux: (n_bands, h, w) nanomaggies per pixel, row 0 in the south, column 0 in the east.
-        mask: (n_bands, h, w) bool, True where unusable.
-        pixel_scale_arcsec: size of a pixel.
-        z: redshift, NaN if unknown.
-        ra_deg: right ascension of the centre.
-        dec_deg: declination of the centre.
-        log10_m500c: predicted mass.
-        log10_m500c_err: its standard deviation, dex.
-        integrated_gradients: (n_bands, h, w) dex per pixel.
-        cam: (h, w) signed class-activation map, relative units.
-        joint: (h, w) dex per pixel.
-    """
-
-    id: str
-    bands: str
-    flux: np.ndarray
-    mask: np.ndarray
-    pixel_scale_arcsec: float
-    z: float
-    ra_deg: float
-    dec_deg: float
-    log10_m500c: float
-    log10_m500c_err: float
-    integrated_gradients: np.ndarray
-    cam: np.ndarray
-    joint: np.ndarray
-
-    @classmethod
-    def load(cls, path: Path) -> ClusterMap:
-        """Read one file.
-
-        Raises:
-            Pix2massError: the file is missing, broken, lacks an array, or its arrays do not fit each other.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                number = {name: float(arrays[name]) for name in _MAP_NUMBERS}
-                image = {name: np.asarray(arrays[name], float) for name in _MAP_IMAGES}
-                mask = np.asarray(arrays["mask"], bool)
-                one = cls(id=str(arrays["id"]), bands=str(arrays["bands"]), mask=mask, **image, **number)  # type: ignore[arg-type]
-        except KeyError as error:
-            raise Pix2massError(f"{path.name}: {error.args[0]}; make the maps again with `pix2mass explain`") from None
-        except Exception as error:  # noqa: BLE001  zip, numpy and conversions each have errors of their own
-            raise Pix2massError(f"{path.name}: broken file: {error}") from None
-        shape = (len(one.bands), *one.joint.shape)
-        for name in ("flux", "mask", "integrated_gradients"):
-            if one.joint.ndim != 2 or getattr(one, name).shape != shape or one.cam.shape != shape[1:]:
-                raise Pix2massError(f"{path.name}: expected {name} of shape {shape}, got {getattr(one, name).shape}")
-        return one
-
-    @property
-    def half_width_arcsec(self) -> float:
-        """Half the width of the image."""
-        return self.joint.shape[1] * self.pixel_scale_arcsec / 2
-
-    @property
-    def half_height_arcsec(self) -> float:
-        """Half the height of the image."""
-        return self.joint.shape[0] * self.pixel_scale_arcsec / 2
-
-    @property
-    def kpc_per_arcsec(self) -> float | None:
-        """Proper kpc per arcsecond, None where the redshift is unknown."""
-        return float(kpc_per_arcsec(self.z)) if math.isfinite(self.z) and self.z > 0 else None
-
-    @property
-    def r500c_kpc(self) -> float | None:
-        """Radius that the predicted mass implies, None where the redshift or the mass is unknown."""
-        if self.kpc_per_arcsec is None or not math.isfinite(self.log10_m500c):
-            return None
-        return float(r500c_kpc(self.log10_m500c, self.z))
-
-
-# ---- figures -------------------------------------------------------------------------------------------------------
-
-
-def _draw_predicted(ax: Axes, table: Table, reference: str, reference_label: str) -> None:
-    x, y, err = (numbers(table, name) for name in (reference, "log10_m500c", "log10_m500c_err"))
-    z = numbers(table, "z")
-    alpha = 0.25 if len(x) > 150 else 0.5
-    ax.errorbar(x, y, yerr=err, fmt="none", ecolor="0.6", elinewidth=0.6, alpha=alpha, zorder=1, rasterized=True)
-    coloured = np.isfinite(z).all()
-    colour: dict[str, Any] = {"c": z, "cmap": "viridis"} if coloured else {"color": BLUE}
-    points = ax.scatter(x, y, s=12 if len(x) > 150 else 20, zorder=2, rasterized=True, **colour)
-    if coloured:
-        ax.figure.colorbar(points, ax=ax, label="redshift", pad=0.02)
-    low, high = np.nanmin([x.min(), y.min()]) - 0.1, np.nanmax([x.max(), y.max()]) + 0.1
-    ax.plot([low, high], [low, high], color=VERMILION, lw=1.3, zorder=3, label="1:1")
-    ax.set(
-        xlim=(low, high), ylim=(low, high), xlabel=f"{reference_label} {MASS_LABEL}", ylabel=f"predicted {MASS_LABEL}"
-    )
-    ax.set_aspect("equal")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MultipleLocator(0.5))
-    ax.legend(loc="upper left")
-
-
-def _draw_residual(ax: Axes, x: np.ndarray, residual: np.ndarray, xlabel: str, log: bool = False) -> None:
-    ax.axhline(0, color=VERMILION, lw=1.3)
-    ax.scatter(x, residual, s=8, color=BLUE, alpha=0.35, linewidths=0, rasterized=True)
-    order = np.argsort(x)
-    groups = np.array_split(order, max(2, min(8, len(x) // 12)))
-    middle = [np.median(x[group]) for group in groups]
-    median = [np.median(residual[group]) for group in groups]
-    low, high = (np.array([np.percentile(residual[group], q) for group in groups]) for q in (16, 84))
-    ax.fill_between(middle, low, high, color=ORANGE, alpha=0.3, lw=0, label="16 to 84 per cent")
-    ax.plot(middle, median, "o-", color="black", ms=4, lw=1.2, label="median")
-    if log:
-        ax.set_xscale("log")
-    ax.set(xlabel=xlabel, ylabel="predicted - reference (dex)")
-    limit = max(0.1, 1.1 * float(np.percentile(np.abs(residual), 99.5)))
-    ax.set_ylim(-limit, limit)
-    ax.legend(loc="best", fontsize=8.5)
-
-
-def _draw_pulls(ax: Axes, pull: np.ndarray) -> None:
-    edges = np.linspace(-4, 4, 33 if len(pull) > 200 else 17)
-    ax.hist(np.clip(pull, -4, 4), edges.tolist(), density=True, color=BLUE, alpha=0.6, label="clusters")
-    x = np.linspace(-4, 4, 201)
-    ax.plot(x, np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), color=VERMILION, lw=1.6, label="unit normal")
-    ax.set(xlim=(-4, 4), xlabel="(predicted - reference) / error", ylabel="density")
-    ax.legend(loc="upper left", fontsize=8.5)
-
-
-def _draw_coverage(ax: Axes, pull: np.ndarray) -> None:
-    expected = np.linspace(0.02, 0.98, 49)
-    limits = np.array([_normal_half_width(share) for share in expected])
-    found = (np.abs(pull)[:, None] <= limits).mean(axis=0)
-    error = np.sqrt(expected * (1 - expected) / len(pull))
-    ax.fill_between(
-        expected, expected - error, expected + error, color="0.75", alpha=0.6, lw=0, label="exact, sampling error"
-    )
-    ax.plot([0, 1], [0, 1], color=VERMILION, lw=1.3)
-    ax.plot(expected, found, color=BLUE, lw=1.8, label="this run")
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="expected share inside the interval", ylabel="found share")
-    ax.set_aspect("equal")
-    ax.legend(loc="upper left", fontsize=8.5)
-
-
-def _normal_half_width(share: float) -> float:
-    """Number of standard deviations about the mean that hold a share of a normal distribution."""
-    low, high = 0.0, 10.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if math.erf(middle / math.sqrt(2)) < share else (low, middle)
-    return (low + high) / 2
-
-
-def _draw_confusion(ax: Axes, confusion: np.ndarray, bands: str) -> None:
-    share = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
-    image = ax.imshow(share, vmin=0, vmax=1, cmap="cividis")
-    for (row, column), value in np.ndenumerate(share):
-        colour = "black" if value > 0.55 else "white"
-        ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
-    ax.set_xticks(range(len(bands)), list(bands))
-    ax.set_yticks(range(len(bands)), list(bands))
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    ax.set(xlabel="band told by network 1", ylabel="true band")
-    ax.figure.colorbar(image, ax=ax, label="share of the true band's images", pad=0.02)
-
-
-def _draw_methods(ax: Axes, methods: dict[str, dict[str, float]]) -> None:
-    names = [name for name in METHODS if name in methods]
-    mae = np.array([methods[name]["mae_dex"] for name in names])
-    spread = np.array([methods[name].get("mae_fold_spread_dex", 0.0) for name in names])
-    ax.barh(
-        range(len(names)),
-        mae,
-        xerr=spread,
-        color=[BLUE if name == "network" else ORANGE if name.startswith("richness") else "0.7" for name in names],
-        error_kw={"elinewidth": 1},
-    )
-    ax.set_yticks(range(len(names)), [METHODS[name].replace(" (", "\n(").replace(", ", ",\n") for name in names])
-    ax.invert_yaxis()
-    ax.tick_params(axis="y", labelsize=8.5, length=0)
-    for row, value in enumerate(mae):
-        ax.text(value + spread[row] + 0.01 * mae.max(), row, f"{value:.3f}", va="center", fontsize=9)
-    ax.set_xlim(0, 1.15 * (mae + spread).max())
-    ax.set_xlabel("MAE (dex), line: spread over folds")
-
-
-# ---- figures of clusters -------------------------------------------------------------------------------------------
-
-
-def _show(ax: Axes, one: ClusterMap, image: np.ndarray, **options: Any) -> Any:
-    """An image of a cluster in arcsec about its centre, north up and east left, with scale bar and R500c."""
-    a, b = one.half_width_arcsec, one.half_height_arcsec
-    shown = ax.imshow(image, origin="lower", extent=(a, -a, -b, b), interpolation="nearest", **options)
-    colour, outline = ("white", "black") if image.ndim == 3 else ("black", "white")
-    effects = [withStroke(linewidth=3, foreground=outline, alpha=0.7)]
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.spines[:].set_visible(True)
-    scale, radius_kpc = one.kpc_per_arcsec, one.r500c_kpc
-    if scale is None:
-        length = _round_length(0.6 * a)
-        text = f'{length:g}"'
-    else:
-        length_kpc = _round_length(0.6 * a * scale)
-        length = length_kpc / scale
-        text = f'{length_kpc:g} kpc = {length:.0f}"'
-    ax.plot([0.92 * a, 0.92 * a - length], [-0.82 * b, -0.82 * b], color=colour, lw=2, path_effects=effects)
-    ax.text(0.92 * a, -0.9 * b, text, color=colour, fontsize=8, va="center", path_effects=effects)
-    if scale is not None and radius_kpc is not None:
-        ax.add_patch(Circle((0, 0), radius_kpc / scale, fill=False, ls="--", lw=1, ec=colour, path_effects=effects))
-    ax.set(xlim=(a, -a), ylim=(-b, b))
-    return shown
-
-
-def _round_length(longest: float) -> float:
-    """The longest length of 1, 2 or 5 times a power of ten that does not exceed ``longest`` (> 0)."""
-    power = 10.0 ** math.floor(math.log10(longest))
-    return next(digit * power for digit in (5, 2, 1) if digit * power <= longest * (1 + 1e-9))
-
-
-def _draw_composite(ax: Axes, one: ClusterMap) -> None:
-    _show(ax, one, composite(one.flux, one.mask, one.bands)[0])
-
-
-def _draw_signed(ax: Axes, one: ClusterMap, values: np.ndarray, unit: str, contours: bool = False) -> None:
-    values = np.where(one.mask.all(axis=0), np.nan, values)
-    finite = values[np.isfinite(values)]
-    limit = float(np.percentile(np.abs(finite), 99.7)) if finite.size else 0.0
-    limit = limit or 1.0
-    ax.set_facecolor("0.8")  # shows where there are no pixels
-    shown = _show(ax, one, values, cmap="RdBu_r", vmin=-limit, vmax=limit)
-    if contours:
-        usable = ~one.mask
-        light = np.where(usable, np.nan_to_num(one.flux), 0.0).sum(axis=0)
-        noise = 1.4826 * float(np.median(np.abs(light - np.median(light)))) or 1.0
-        levels = [np.median(light) + step * noise for step in (5, 20, 80)]
-        a, b = one.half_width_arcsec, one.half_height_arcsec
-        scale = one.pixel_scale_arcsec
-        x = a - (np.arange(light.shape[1]) + 0.5) * scale
-        y = -b + (np.arange(light.shape[0]) + 0.5) * scale
-        if light.max() > levels[0]:
-            ax.contour(x, y, light, [level for level in levels if level < light.max()], colors="0.25", linewidths=0.6)
-    bar = ax.figure.colorbar(shown, ax=ax, orientation="horizontal", fraction=0.05, pad=0.03, label=unit)
-    bar.formatter.set_powerlimits((-2, 3))  # type: ignore[attr-defined]
-    bar.ax.tick_params(labelsize=8)
-    bar.locator = MaxNLocator(5)  # type: ignore[attr-defined]
-    bar.update_ticks()
-
-
-def _cluster_panels(one: ClusterMap) -> list[dict[str, str]]:
-    panels: list[tuple[str, str, Callable[[Axes], None]]] = [
-        ("Image", composite(one.flux, one.mask, one.bands)[1], lambda ax: _draw_composite(ax, one)),
-        (
-            "Integrated gradients",
-            "sum over bands of the change in log10 mass that each pixel's light makes",
-            lambda ax: _draw_signed(ax, one, one.integrated_gradients.sum(axis=0), "dex per pixel"),
-        ),
-        (
-            "Class-activation map",
-            "where the feature maps of network 1 raise (red) or lower (blue) the mass",
-            lambda ax: _draw_signed(ax, one, one.cam, "relative units"),
-        ),
-        (
-            "Joint map",
-            "integrated gradients times the strength of the class-activation map; contours: light in all bands",
-            lambda ax: _draw_signed(ax, one, one.joint, "dex per pixel", contours=True),
-        ),
-    ]
-    return [
-        {
-            "title": title,
-            "alt": f"{title} of {one.id}: {text}",
-            # The composite has no colour bar: less tall, so that the four images come out the same size.
-            "src": data_uri(draw, 3.0, 3.0 if title == "Image" else 3.6),
-        }
-        for title, text, draw in panels
-    ]
-
-
-def confusion_figure(confusion: np.ndarray, bands: str, path: str | Path) -> None:
-    """Draw a band confusion matrix into a file.
-
-    Args:
-        confusion: (n_bands, n_bands) counts, true band (rows) against told band (columns).
-        bands: names of the bands, in order.
-        path: picture to write; its ending says in which format.
-
-    Raises:
-        Pix2massError: the matrix does not fit the bands.
-    """
-    confusion = np.asarray(confusion)
-    if confusion.shape != (len(bands), len(bands)):
-        raise Pix2massError(
-            f"confusion: expected shape {(len(bands), len(bands))} for {bands!r}, got {confusion.shape}"
-        )
-    with mpl.rc_context(STYLE):
-        figure, ax = new_figure(4.8, 4.0)
-        _draw_confusion(ax, confusion, bands)
-        figure.savefig(path, dpi=160)
-
-
-def overview_figure(folder: RunFolder, path: str | Path) -> None:
-    """Draw the run in one picture of 1600 x 700 pixels: predicted against true mass, and two clusters with their maps.
-
-    Args:
-        folder: a run with predictions and at least one file in maps/.
-        path: picture to write; its ending says in which format.
-
-    Raises:
-        Pix2massError: predictions or maps are missing or broken.
-    """
-    table = _read_predictions(folder)
-    maps, problems = _read_maps(folder)
-    if not maps:
-        raise Pix2massError(
-            f"{folder.path}: no attribution maps to draw{': ' if problems else ''}{'; '.join(problems)}"
-        )
-    reference, name = _reference(table)
-    # The lightest and the heaviest show best what changes with mass.
-    chosen = [maps[0], maps[-1]] if len(maps) > 1 else maps
-    with mpl.rc_context({**STYLE, "font.size": 13}):
-        figure = Figure(figsize=(16, 7), layout="constrained")
-        left, right = figure.subfigures(1, 2, width_ratios=[1.12, 1])  # type: ignore[misc]
-        ax = left.subplots()
-        _draw_predicted(ax, table, reference, name)
-        residual = numbers(table, "log10_m500c") - numbers(table, reference)
-        beside = [f"{name} {_mae(table, name):.3f}" for name in ("richness", "constant") if _has(table, name)]
-        note = f" ({', '.join(beside)})" if beside else ""
-        kind = "mock" if "log10_m500c_true" in table.colnames else "real"
-        ax.set_title(f"{len(table)} {kind} clusters, MAE {_mae(table):.3f} dex{note}", fontsize=14)
-        ax.text(
-            0.98, 0.03, f"bias {residual.mean():+.3f} dex", transform=ax.transAxes, ha="right", va="bottom", color="0.3"
-        )
-        axes = right.subplots(len(chosen), 2, squeeze=False)
-        for row, one in zip(axes, chosen, strict=True):
-            _draw_composite(row[0], one)
-            row[0].set_title(f"{MASS_LABEL} = {one.log10_m500c:.2f} ± {one.log10_m500c_err:.2f}", fontsize=12)
-            _draw_signed(row[1], one, one.joint, "dex per pixel", contours=True)
-            row[1].set_title(f"what the networks used, z = {one.z:.2f}", fontsize=12)
-        figure.savefig(path, dpi=100)
-
-
-# ---- reading -------------------------------------------------------------------------------------------------------
-
-
-def _reference(table: Table) -> tuple[str, str]:
-    """Column that the predictions are held against, and what to call it."""
-    return ("log10_m500c_true", "true") if "log10_m500c_true" in table.colnames else ("log10_m500c_label", "measured")
-
-
-def _has(table: Table, method: str) -> bool:
-    return f"log10_m500c_{method}" in table.colnames
-
-
-def _mae(table: Table, method: str = "") -> float:
-    """Mean over folds of the mean absolute error, as in metrics.json; of the network where no method is named."""
-    error = np.abs(numbers(table, f"log10_m500c_{method}".rstrip("_")) - numbers(table, _reference(table)[0]))
-    fold = np.asarray(table["fold"])
-    return float(np.mean([error[fold == k].mean() for k in np.unique(fold)]))
-
-
-def _read_predictions(folder: RunFolder) -> Table:
-    path = folder / "predictions.ecsv"
-    if not path.exists():
-        raise Pix2massError(f"{folder.path}: the run has no predictions.ecsv; `pix2mass evaluate` makes it")
-    try:
-        table = Table.read(path, format="ascii.ecsv")
-    except Exception as error:  # noqa: BLE001  the reader's errors are of many kinds
-        raise Pix2massError(f"{path}: broken file: {error}") from None
-    needed = ("id", "z", "fold", "log10_m500c", "log10_m500c_err", "log10_m500c_label")
-    missing = [name for name in needed if name not in table.colnames]
-    if missing or len(table) == 0:
-        raise Pix2massError(f"{path}: expected rows with {', '.join(needed)}; {', '.join(missing) or 'rows'} missing")
-    return table
-
-
-def _read_maps(folder: RunFolder) -> tuple[list[ClusterMap], list[str]]:
-    """The readable maps in order of predicted mass, and what is wrong with the others."""
-    maps, problems = [], []
-    for path in sorted((folder / "maps").glob("*.npz")):
-        try:
-            maps.append(ClusterMap.load(path))
-        except Pix2massError as error:
-            problems.append(str(error))
-    return sorted(maps, key=lambda one: one.log10_m500c), problems
-
-
-@dataclass
-class _Parts:
-    """What a run folder holds, and one sentence for each thing it lacks."""
-
-    folder: RunFolder
-    missing: list[str] = field(default_factory=list)
-
-    def json(self, name: str, then: str) -> dict[str, Any]:
-        """A JSON file of the run; empty, with a sentence in ``missing``, where it cannot be read."""
-        try:
-            values = self.folder.read_json(name)
-        except Pix2massError as error:
-            exists = (self.folder / name).exists()
-            self.missing.append(f"{error}: {then}" if exists else f"{name} is missing: {then}")
-            return {}
-        if isinstance(values, dict):
-            return values
-        self.missing.append(f"{name} does not hold a table of values: {then}")
-        return {}
-
-    def config(self) -> tuple[str, dict[str, Any]]:
-        """config.toml as text and as values."""
-        path = self.folder / "config.toml"
-        try:
-            text = path.read_text()
-            return text, tomllib.loads(text)
-        except FileNotFoundError:
-            self.missing.append("config.toml is missing: the settings of the run are not shown")
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            self.missing.append(f"config.toml is broken ({error}): the settings of the run are not shown")
-        return "", {}
-
-    def predictions(self) -> Table | None:
-        """predictions.ecsv, None where it cannot be read."""
-        try:
-            return _read_predictions(self.folder)
-        except Pix2massError:
-            state = "cannot be used" if (self.folder / "predictions.ecsv").exists() else "is missing"
-            self.missing.append(f"predictions.ecsv {state}: no figures of masses, residuals and calibration")
-            return None
+_MOST_ROWS = 2000
+"""The table of clusters has at most so many rows, so that the page opens at once."""
+_GALLERY = {
+    "worst": ("Worst", "the largest errors of the run"),
+    "typical": ("Typical", "errors in the middle of the run's"),
+    "best": ("Best", "the smallest errors of the run"),
+    "other": ("Also mapped", "chosen by hand, or without a reference mass"),
+}
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
@@ -513,45 +65,62 @@ def write_report(folder: RunFolder) -> Path:
     Returns:
         The page's path.
     """
-    parts = _Parts(folder)
-    config_text, config = parts.config()
-    metrics = parts.json("metrics.json", "no scores, baselines and bins are shown")
-    table = parts.predictions()
-    pretrain = parts.json("pretrain.json", "nothing is said about network 1")
-    model = parts.json("model.json", "the prior and the range of the training are not shown")
-    provenance = parts.json("provenance.json", "versions, seed and checksums are not shown")
-    stages = parts.json("stages.json", "times are not shown")
-    maps, problems = _read_maps(folder)
-    parts.missing += [f"maps: {problem}" for problem in problems]
+    files = RunFiles(folder)
+    config_text, config = files.config()
+    metrics = files.json("metrics.json", "no scores, baselines and bins are shown")
+    out_of_fold = files.out_of_fold()
+    pretrain = files.json("pretrain.json", "nothing is said about network 1")
+    model = files.json("model.json", "the prior and the range of the training are not shown")
+    provenance = files.json("provenance.json", "command, versions and seed are not shown")
+    stages = files.json("stages.json", "times are not shown")
+    curve = files.json("learning_curve.json", "") if (folder / "learning_curve.json").exists() else {}
+    maps, problems = read_maps(folder)
+    files.missing += [f"maps: {problem}" for problem in problems]
     if not maps:
-        parts.missing.append("maps/ has no usable file: no attribution maps (`pix2mass explain` makes them)")
+        files.missing.append("maps/ has no usable file: no attribution maps (`pix2mass explain` makes them)")
     methods = _known_methods(metrics.get("methods"))
     if metrics and "network" not in methods:
-        parts.missing.append("metrics.json has no scores of the network: the tables of methods are left out")
+        files.missing.append("metrics.json has no scores of the network: the tables of methods are left out")
     lacking = [text for name, text in METHODS.items() if name not in methods and name != "richness_true"]
     if "network" in methods and lacking:
-        parts.missing.append(f"baselines without scores, since the run lacks their input: {', '.join(lacking)}")
+        files.missing.append(f"baselines without scores, since the run lacks their input: {', '.join(lacking)}")
+    kind = _kind(metrics, config)
+    calibration = _inner(metrics, "calibration")
+    coverage = [row for row in calibration.get("coverage") or [] if {"coverage_68", "coverage_95"} <= set(row)]
     found_bins = _inner(metrics, "bins")
+    anchors = {one.id: f"cluster-{number}" for number, one in enumerate(maps, start=1)}
     html = page_template("run.html.j2").render(
         name=str(config.get("name") or folder.path.resolve().name),
-        kind=_kind(metrics, config),
-        summary=_summary(metrics, methods, pretrain),
-        missing=parts.missing,
+        kind=kind,
+        origins=_origins(kind, config, metrics),
+        summary=_summary(metrics, methods),
+        key_numbers=_key_numbers(metrics, methods),
+        missing=files.missing,
         metrics=metrics,
         score_names=_SCORES,
         tables=_method_tables(metrics, methods),
         differences=_differences(metrics),
-        bars=data_uri(lambda ax: _draw_methods(ax, methods), 5.0, 3.6) if "network" in methods else None,
-        mass_figures=_mass_figures(table, parts.missing) if table is not None else [],
-        calibration_figures=_calibration_figures(table) if table is not None else [],
+        unlabelled=_inner(metrics, "unlabelled"),
+        bars=methods_picture(methods) if "network" in methods else None,
+        mass_figures=mass_pictures(out_of_fold, files.missing) if out_of_fold else [],
+        calibration=calibration,
+        shrinkage=_inner(metrics, "shrinkage"),
+        coverage=[{**row, "name": bin_name(row)} for row in coverage],
+        calibration_figures=calibration_pictures(out_of_fold, calibration.get("pit") or [], coverage),
+        folds=_folds(out_of_fold) if out_of_fold else [],
         bins=[(title, found_bins[name]) for name, title in _BINS.items() if found_bins.get(name)],
-        band=_band_section({**pretrain, **metrics}, pretrain, parts.missing),
-        clusters=[_cluster_section(one) for one in maps],
+        curve_figures=learning_pictures(curve, methods.get("richness", {}).get("mae_dex")),
+        band=_band_section({**pretrain, **metrics}, pretrain, files.missing),
+        gallery=_gallery(maps, anchors, out_of_fold),
+        clusters=_cluster_rows(out_of_fold, anchors) if out_of_fold else [],
+        n_clusters=len(out_of_fold) if out_of_fold else 0,
         seconds=_seconds(metrics, stages),
         model=model,
         provenance=provenance,
-        checksums=_checksums(provenance, pretrain),
+        facts=_facts(provenance, pretrain),
+        checksums=files.checksums(),
         config_text=config_text,
+        whole_run="name" in config,
     )
     path = folder / "report.html"
     write_atomic(path, html)
@@ -563,6 +132,36 @@ def _kind(metrics: dict[str, Any], config: dict[str, Any]) -> str:
     if isinstance(metrics.get("mock"), bool):
         return "mock" if metrics["mock"] else "real"
     return "mock" if "mock" in config else "real" if "data" in config else "unknown"
+
+
+def _origins(kind: str, config: dict[str, Any], metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What is mock and what is real: (thing, mock or real, where it comes from)."""
+    if kind == "unknown":
+        return []
+    n = metrics.get("n", "the")
+    if kind == "mock":
+        mock = _inner(config, "mock")
+        named = f", configuration {mock['configuration']}" if "configuration" in mock else ""
+        scatter = mock.get("label_scatter_dex")
+        scattered = f"{scatter:g} dex" if isinstance(scatter, int | float) else "a scatter"
+        return [
+            ("images", "mock", f"galaxies, stars, sky and noise drawn by the package{named}; no pixel is observed"),
+            ("true masses", "mock", "known, and used for scoring alone: no network sees them"),
+            ("labels", "mock", f"true mass with {scattered} of scatter; the networks are trained on these"),
+            ("redshifts", "mock", "known exactly"),
+            ("richness", "mock", "measured on the mock galaxies with the errors of a photometric catalogue"),
+            ("scores", "mock", f"{n} mock clusters against their true masses"),
+        ]
+    data = _inner(config, "data")
+    source = next((f"{name} = {data[name]}" for name in ("cutouts", "frames", "hips") if data.get(name)), "")
+    return [
+        ("images", "real", f"observed{': ' + source if source else ''}"),
+        ("true masses", "real", "not known to anybody"),
+        ("labels", "real", "published measurements with errors and a scale of their own"),
+        ("redshifts", "real", "from the catalogue"),
+        ("richness", "real", "from the catalogue, where it has one"),
+        ("scores", "real", f"{n} clusters against their labels: the labels' errors are inside the scores"),
+    ]
 
 
 def _inner(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -583,18 +182,20 @@ def _known_methods(methods: Any) -> dict[str, dict[str, float]]:
     return {name: usable[name] for name in [*METHODS, *sorted(set(usable) - set(METHODS))] if name in usable}
 
 
-def _summary(metrics: dict[str, Any], methods: dict[str, dict[str, float]], pretrain: dict[str, Any]) -> list[str]:
+def _summary(metrics: dict[str, Any], methods: dict[str, dict[str, float]]) -> list[str]:
     """Three sentences: the error, the baselines, the error bars."""
     if "network" not in methods:
         return []
     network = methods["network"]
     n_folds = len(metrics.get("per_fold") or [])
     folds = f", mean of {n_folds} folds" if n_folds else ""
+    kind = {True: " mock", False: " real"}.get(metrics.get("mock"), "")  # type: ignore[arg-type]
     first = (
-        f"The network weighs {metrics.get('n', 'the')} clusters that it was not trained on with a mean absolute error "
-        f"of {format_number(network['mae_dex'])} dex against the {metrics.get('reference', 'reference')}{folds} "
+        f"The network weighs {metrics.get('n', 'the')}{kind} clusters that it was not trained on with a mean absolute "
+        f"error of {format_number(network['mae_dex'])} dex against the {metrics.get('reference', 'reference')}{folds} "
         f"(best fold {format_number(network.get('mae_best_fold_dex'))}, "
-        f"spread {format_number(network.get('mae_fold_spread_dex'))})."
+        f"spread {format_number(network.get('mae_fold_spread_dex'))}), "
+        f"a factor of {10 ** network['mae_dex']:.2f} in mass."
     )
     others = [
         f"{METHODS.get(name, name)} {format_number(values['mae_dex'])}"
@@ -614,15 +215,24 @@ def _summary(metrics: dict[str, Any], methods: dict[str, dict[str, float]], pret
     third = (
         f"The 68% error bars hold {format_number(metrics.get('coverage_68'), 2)} ± "
         f"{format_number(metrics.get('coverage_68_error'), 2)} of the clusters and the 95% bars "
-        f"{format_number(metrics.get('coverage_95'), 2)}; the slope of predicted on reference mass is "
+        f"{format_number(metrics.get('coverage_95'), 2)}, and the slope of predicted on reference mass is "
         f"{format_number(network.get('slope'), 2)} (1 is perfect, 0 is the mean for all)"
     )
-    accuracy, bands = pretrain.get("band_accuracy"), pretrain.get("bands")
-    if isinstance(accuracy, float) and bands:
-        third += (
-            f"; network 1 names the band of an image rightly in {accuracy:.2f} of cases (chance {1 / len(bands):.2f})"
-        )
     return [first, second + ".", third + "."]
+
+
+def _key_numbers(metrics: dict[str, Any], methods: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
+    """Number and what it is, for the top of the page."""
+    if "network" not in methods:
+        return []
+    found = [
+        (methods["network"]["mae_dex"], 3, "MAE of the network, dex"),
+        (methods.get("richness", {}).get("mae_dex"), 3, "MAE of richness, dex"),
+        (methods.get("constant", {}).get("mae_dex"), 3, "MAE of the mean mass, dex"),
+        (metrics.get("coverage_68"), 2, "inside 68% bars"),
+        (methods["network"].get("slope"), 2, "slope, predicted on reference"),
+    ]
+    return [(format_number(value, digits), text) for value, digits, text in found if value is not None]
 
 
 def _method_tables(metrics: dict[str, Any], methods: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
@@ -649,73 +259,25 @@ def _differences(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"method": METHODS.get(name, name), **found[name]} for name in order]
 
 
-def _residual_and_error(table: Table) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted minus reference mass in dex, and its standard deviation (label errors included on real data)."""
-    reference, _ = _reference(table)
-    residual = numbers(table, "log10_m500c") - numbers(table, reference)
-    error = numbers(table, "log10_m500c_err")
-    if reference == "log10_m500c_label" and "log10_m500c_label_err" in table.colnames:
-        error = np.hypot(error, np.nan_to_num(numbers(table, "log10_m500c_label_err")))
-    return residual, error
-
-
-def _mass_figures(table: Table, missing: list[str]) -> list[dict[str, str]]:
-    reference, name = _reference(table)
-    residual, _ = _residual_and_error(table)
-    figures = [
-        {
-            "title": f"Predicted against {name} mass",
-            "alt": f"Scatter plot of predicted against {name} log10 M500c of {len(table)} clusters with 68 per cent "
-            f"error bars, coloured by redshift, and the 1:1 line. Mean absolute error {_mae(table):.3f} dex.",
-            "src": data_uri(lambda ax: _draw_predicted(ax, table, reference, name), 5.2, 4.3),
-        }
-    ]
-    wanted = {
-        reference: ("mass", f"{name} {MASS_LABEL}", False),
-        "z": ("redshift", "redshift", False),
-        "richness": ("richness", r"richness $\lambda$", True),
-    }
-    for column, (what, xlabel, log) in wanted.items():
-        x = numbers(table, column) if column in table.colnames else np.full(len(table), np.nan)
-        usable = np.isfinite(x) & np.isfinite(residual) & ((x > 0) | (not log))
-        if usable.sum() < 2:
-            missing.append(f"{what} is not known: no figure of residuals against {what}")
-            continue
-        figures.append(
+def _folds(out_of_fold: OutOfFold) -> list[dict[str, Any]]:
+    """One row per fold."""
+    rows = []
+    richness_error = out_of_fold.error_dex("richness")
+    for fold in np.unique(out_of_fold.fold):
+        own = out_of_fold.fold == fold
+        residual, beside = out_of_fold.residual[own], richness_error[own & np.isfinite(richness_error)]
+        rows.append(
             {
-                "title": f"Residuals against {what}",
-                "alt": f"Predicted minus {name} log10 M500c in dex against {what}, with running median and 16 to 84 "
-                f"per cent range. Mean {residual[usable].mean():+.3f} dex.",
-                "src": data_uri(
-                    lambda ax, x=x, usable=usable, xlabel=xlabel, log=log: _draw_residual(
-                        ax, x[usable], residual[usable], xlabel, log
-                    )
-                ),
+                "fold": int(fold),
+                "n": int(own.sum()),
+                "mae_dex": float(np.abs(residual).mean()),
+                "bias_dex": float(residual.mean()),
+                "rms_dex": float(np.sqrt((residual**2).mean())),
+                "coverage_68": float(out_of_fold.inside(0.68)[own].mean()),
+                "mae_richness_dex": float(beside.mean()) if beside.size else None,
             }
         )
-    return figures
-
-
-def _calibration_figures(table: Table) -> list[dict[str, str]]:
-    residual, error = _residual_and_error(table)
-    usable = np.isfinite(residual) & (error > 0)
-    if usable.sum() < 2:
-        return []
-    pull = residual[usable] / error[usable]
-    return [
-        {
-            "title": "Residuals in units of the error",
-            "alt": f"Histogram of residuals over errors beside a unit normal: mean {pull.mean():+.2f}, standard "
-            f"deviation {pull.std():.2f}.",
-            "src": data_uri(lambda ax: _draw_pulls(ax, pull)),
-        },
-        {
-            "title": "Coverage of the intervals",
-            "alt": "Share of clusters found inside the central interval against the share expected, with the sampling "
-            f"error about exact coverage. At 68 per cent: {(np.abs(pull) <= 1).mean():.2f}.",
-            "src": data_uri(lambda ax: _draw_coverage(ax, pull)),
-        },
-    ]
+    return rows
 
 
 def _band_section(values: dict[str, Any], pretrain: dict[str, Any], missing: list[str]) -> dict[str, Any] | None:
@@ -724,34 +286,103 @@ def _band_section(values: dict[str, Any], pretrain: dict[str, Any], missing: lis
     if not bands or confusion.shape != (len(bands), len(bands)):
         missing.append("there is no band confusion matrix: nothing is shown of how well network 1 tells the bands")
         return None
-    accuracy = float(np.trace(confusion) / max(1, confusion.sum()))
-    diagonal = np.diag(confusion) / np.maximum(1, confusion.sum(axis=1))
-    each = ", ".join(f"{band} {share:.2f}" for band, share in zip(bands, diagonal, strict=True))
     return {
-        "accuracy": accuracy,
+        "accuracy": float(np.trace(confusion) / max(1, confusion.sum())),
         "chance": 1 / len(bands),
         "n": int(confusion.sum()),
         "tested_on": str(pretrain.get("tested_on", "images whose origin the run does not state")),
-        "figure": {
-            "title": "Bands told by network 1",
-            "alt": f"Band confusion matrix. Share told rightly per band: {each}.",
-            "src": data_uri(lambda ax: _draw_confusion(ax, confusion, bands)),
-        },
+        "figure": confusion_picture(confusion, bands),
     }
 
 
-def _cluster_section(one: ClusterMap) -> dict[str, Any]:
+# ---- clusters ------------------------------------------------------------------------------------------------------
+
+
+def _cluster_rows(out_of_fold: OutOfFold, anchors: dict[str, str]) -> list[dict[str, Any]]:
+    """The table of clusters, those with the largest errors first where there are too many."""
+    rows = np.arange(len(out_of_fold))
+    if len(rows) > _MOST_ROWS:
+        rows = np.sort(np.argsort(-np.nan_to_num(np.abs(out_of_fold.residual)), kind="stable")[:_MOST_ROWS])
+    richness = out_of_fold.richness
+    return [
+        {
+            "id": str(out_of_fold.id[row]),
+            "anchor": anchors.get(str(out_of_fold.id[row])),
+            "fold": int(out_of_fold.fold[row]),
+            "z": float(out_of_fold.z[row]),
+            "richness": float(richness[row]),
+            "reference": float(out_of_fold.reference[row]),
+            "mass": float(out_of_fold.mass[row]),
+            "mass_err": float(out_of_fold.mass_err[row]),
+            "residual": float(out_of_fold.residual[row]),
+            "pull": float(out_of_fold.residual[row] / out_of_fold.residual_err[row]),
+        }
+        for row in rows
+    ]
+
+
+def _gallery(maps: list[ClusterMap], anchors: dict[str, str], out_of_fold: OutOfFold | None) -> list[dict[str, Any]]:
+    """The mapped clusters by how well they were weighed, in the order of the page."""
+    kind_of: dict[str, str] = {}
+    row_of: dict[str, int] = {}
+    rank_of: dict[str, int] = {}
+    if out_of_fold is not None:
+        kind_of = {name: kind for kind, names in out_of_fold.gallery(len(maps)).items() for name in names}
+        row_of = {str(name): row for row, name in enumerate(out_of_fold.id)}
+        order = np.argsort(-np.nan_to_num(np.abs(out_of_fold.residual)), kind="stable")
+        rank_of = {str(out_of_fold.id[row]): rank for rank, row in enumerate(order, start=1)}
+    groups: dict[str, list[dict[str, Any]]] = {kind: [] for kind in _GALLERY}
+    for one in maps:
+        section: dict[str, Any] = {
+            "map": one,
+            "anchor": anchors[one.id],
+            "width_arcsec": 2 * one.half_width_arcsec,
+            "flags": _flags(one),
+            "panels": cluster_panels(one),
+            "whole": _whole(one),
+            "rank": rank_of.get(one.id),
+        }
+        if out_of_fold is not None and one.id in row_of:
+            row = row_of[one.id]
+            section |= {
+                "reference_name": out_of_fold.reference_name,
+                "reference": float(out_of_fold.reference[row]),
+                "mass": float(out_of_fold.mass[row]),
+                "mass_err": float(out_of_fold.mass_err[row]),
+                "residual": float(out_of_fold.residual[row]),
+                "richness": float(out_of_fold.richness[row]),
+            }
+        groups[kind_of.get(one.id, "other")].append(section)
+    return [
+        {"title": _GALLERY[kind][0], "what": _GALLERY[kind][1], "clusters": sorted(sections, key=_by_rank)}
+        for kind, sections in groups.items()
+        if sections
+    ]
+
+
+def _whole(one: ClusterMap) -> dict[str, str]:
+    """All maps of a cluster in one picture."""
+    assert one.path is not None  # it comes from read_maps
     return {
-        "id": one.id,
-        "z": one.z,
-        "ra_deg": one.ra_deg,
-        "dec_deg": one.dec_deg,
-        "log10_m500c": one.log10_m500c,
-        "log10_m500c_err": one.log10_m500c_err,
-        "r500c_kpc": one.r500c_kpc,
-        "width_arcsec": 2 * one.half_width_arcsec,
-        "panels": _cluster_panels(one),
+        "title": "All maps: the mass, then band by band with contours of the integrated gradients",
+        "alt": f"All maps of {one.id}: image and maps of the mass; each of the bands {', '.join(one.bands)} in grey "
+        "with contours of its integrated gradients; what tells the bands, and other methods, where the run has them.",
+        "src": figure_uri(map_figure(one.path)),
     }
+
+
+def _by_rank(section: dict[str, Any]) -> int:
+    return section["rank"] or 0
+
+
+def _flags(one: ClusterMap) -> list[str] | None:
+    """A sentence per flag of the cluster's images; None where the file does not say."""
+    if one.flags is None:
+        return None
+    return [f"{flag.name}: {FLAG_MEANING[flag]}" for flag in Flag if flag in Flag(one.flags)]
+
+
+# ---- time and origin -----------------------------------------------------------------------------------------------
 
 
 def _seconds(metrics: dict[str, Any], stages: dict[str, Any]) -> dict[str, float]:
@@ -762,8 +393,8 @@ def _seconds(metrics: dict[str, Any], stages: dict[str, Any]) -> dict[str, float
     return {name: float(value) for name, value in merged.items() if isinstance(value, int | float)}
 
 
-def _checksums(provenance: dict[str, Any], pretrain: dict[str, Any]) -> dict[str, str]:
-    """Checksums and further facts of the provenance as text, by name."""
+def _facts(provenance: dict[str, Any], pretrain: dict[str, Any]) -> dict[str, str]:
+    """Checksums of the stores and further facts of the provenance as text, by name."""
     known = {"made", "command", "seed", "python", "platform", "versions", "git"}
     facts: dict[str, str] = {}
     for name, value in provenance.items():
