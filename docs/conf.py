@@ -23,7 +23,6 @@ author = "The pix2mass developers"
 copyright = author  # noqa: A001  the name Sphinx reads
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["build"]
-suppress_warnings = ["toc.not_readable"]  # of pages in index.md that are still being written
 default_role = "literal"
 highlight_language = "text"
 
