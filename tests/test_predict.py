@@ -14,10 +14,12 @@ from astropy.table import QTable
 
 import pix2mass
 from pix2mass import cli, weights
-from pix2mass.config import GridConfig, PretrainConfig, TrainConfig
+from pix2mass.config import GridConfig, MockConfig, PretrainConfig, TrainConfig
 from pix2mass.cosmology import kpc_per_arcsec
 from pix2mass.distribute import open_workers
 from pix2mass.images.cutouts import write_cutout
+from pix2mass.images.mock.population import draw_clusters
+from pix2mass.images.mock.source import MockSource
 from pix2mass.predict import Predictor, as_estimates, as_seen_at, predict
 from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore, build
@@ -350,3 +352,16 @@ def test_one_position_from_a_local_archive(run, tmp_path, capsys):
     # A frame of 2.6' does not hold 2 Mpc at this redshift.
     assert "PARTLY_OUTSIDE" in one["flag_names"][0] and not one["trusted"][0]
     assert "not to be trusted: 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["default", "default-gri"])
+def test_packaged_weights_weigh_mock_clusters_they_never_saw(name, tmp_path):
+    predictor = Predictor(weights.open_weights(name))
+    mock = MockConfig(z_min=0.1, z_max=0.4)
+    clusters = draw_clusters(mock, 30, 987, "W")
+    source = MockSource(mock, predictor.grid, 987)
+    store = build(clusters, source, tmp_path / "s.zarr", predictor.grid)
+    true = np.asarray(clusters["log10_m500c_true"])
+    error = np.abs(np.asarray(predict(predictor, store)["log10_m500c"]) - true).mean()
+    assert error < 0.5 * np.abs(true - true.mean()).mean()
+    assert (predictor.folder / "MODEL_CARD.md").exists()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,10 @@ def pack(run: RunFolder, out: Path, fold: int = 0) -> Path:
     if out.exists() and any(out.iterdir()):
         raise Pix2massError(f"{out}: the folder is not empty; choose another name")
     packed = RunFolder(out)
-    shutil.copy(weights, packed / "fold-0.safetensors")
+    (packed / "fold-0.safetensors").write_bytes(weights.read_bytes())
     packed.write_json("model.json", {**info, "folds": 1})
-    packed.write_json("provenance.json", {**provenance, "packed_from": {"fold": fold, "folds": info["folds"]}})
+    kept = {name: value for name, value in provenance.items() if name not in ("command", "platform")}
+    packed.write_json("provenance.json", {**kept, "packed_from": {"fold": fold, "folds": info["folds"]}})
     (packed / "MODEL_CARD.md").write_text(_card(out.name, info, metrics, provenance, packed / "fold-0.safetensors"))
     return out
 
@@ -129,7 +129,8 @@ Out of fold, on {metrics["n"]} clusters, against the {metrics["reference"]}. Mea
 | | |
 |---|---|
 {table}
-{ratio_line}
+
+{ratio_line.strip()}
 
 Bias {metrics["bias_dex"]:+.3f} dex, slope of predicted on reference mass {metrics["slope"]:.2f}. The 68% intervals hold
 {100 * metrics["coverage_68"]:.1f}%, the 95% intervals {100 * metrics["coverage_95"]:.1f}%; {met} of {
