@@ -169,3 +169,12 @@ def test_the_slopes_error_is_its_scatter():
         errors.append(line.slope_err)
     assert np.mean(slopes) == pytest.approx(0.7, abs=0.015)
     assert np.std(slopes) == pytest.approx(np.mean(errors), rel=0.3)
+
+
+def test_the_offset_of_one_network_is_not_put_on_another():
+    rng = np.random.default_rng(3)
+    true, fold = rng.uniform(13.8, 15.2, 240), np.arange(240) % 2
+    mean = true + 0.1 * rng.standard_normal(240) + np.where(fold == 0, 0.2, -0.2)
+    z, error = rng.uniform(0.1, 0.4, 240), np.full(240, 0.05)
+    found, _ = cross_calibrate(mean, np.full(240, 0.1), z, true + error * rng.standard_normal(240), error, fold)
+    np.testing.assert_allclose(found.centre, mean, atol=0.01)

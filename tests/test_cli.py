@@ -104,12 +104,12 @@ CONFIG = """
 name = "small"
 seed = 2
 [mock]
-n_labelled = 150
+n_labelled = 240
 n_unlabelled = 60
 z_min = 0.1
 z_max = 0.4
 [mock.physics]
-star_count_r145 = 1.0  # halos of bright stars need more than 150 labels
+star_count_r145 = 1.0  # halos of bright stars need more labels than these
 [grid]
 bands = "{bands}"
 n_pixels = 32
@@ -157,16 +157,16 @@ KEYS = {
 @pytest.mark.slow
 def test_the_chain_leaves_all_it_promises(chain):
     metrics = chain.read_json("metrics.json")
-    assert metrics.keys() >= KEYS and metrics["n"] == 150 and metrics["mock"]
+    assert metrics.keys() >= KEYS and metrics["n"] == 240 and metrics["mock"]
     stages = {"mock", "pretrain", "train", "null", "evaluate", "predict", "explain", "report"}
     assert metrics["seconds"].keys() >= stages
     assert metrics["mae_dex"] < 0.85 * metrics["mae_constant_dex"]
     assert metrics["mae_richness_dex"] < 0.5 * metrics["mae_constant_dex"]
-    assert metrics["n_richness"] == 150 and not metrics["pretraining_saw_test_images"]
+    assert metrics["n_richness"] == 240 and not metrics["pretraining_saw_test_images"]
     assert metrics["unlabelled"]["n"] == 60 and metrics["unlabelled"]["mae_dex"] < 0.85 * metrics["mae_constant_dex"]
     assert metrics["mae_shuffled_dex"] > 0.9 * metrics["mae_constant_dex"]
     predictions = QTable.read(chain / "predictions.ecsv")
-    assert len(predictions) == 150 and (np.asarray(predictions["log10_m500c_err"]) > 0).all()
+    assert len(predictions) == 240 and (np.asarray(predictions["log10_m500c_err"]) > 0).all()
     assert len(QTable.read(chain / "masses.ecsv")) == 60
     assert "<svg" in (html := (chain / "report.html").read_text()) or "data:image" in html
     assert len(list((chain / "maps").glob("*.npz"))) == 2
@@ -236,5 +236,5 @@ def test_stages_one_by_one(chain, tmp_path, capsys):
     assert pix2mass("evaluate", run, survey / "labelled.zarr") == 0
     assert pix2mass("explain", run, survey / "unlabelled.zarr", "--ids", "U000003", "--steps", 2) == 0
     assert pix2mass("report", run) == 0
-    assert json.loads((run / "metrics.json").read_text())["n"] == 150
+    assert json.loads((run / "metrics.json").read_text())["n"] == 240
     assert (run / "maps" / "U000003.npz").exists()

@@ -132,6 +132,7 @@ class Slow(ToySource):
 grid = GridConfig(bands="gri", n_pixels=16)
 catalog = toy_catalog(160, 5)
 chance = random.Random({seed})
+Slow(grid).cutout(catalog[0])  # what is imported on first use is there before the forks
 for _ in range({kills}):
     pid = os.fork()
     if not pid:
@@ -231,8 +232,9 @@ def test_killed_at_many_random_moments(tmp_path, monkeypatch):
     monkeypatch.setattr(image_store, "_SHARD_BYTES", 2 * 4 * 3 * 16 * 16)
     path = tmp_path / "s.zarr"
     catalog, killed = toy_catalog(160, 5), []
-    for seed in range(10):
-        killed += [one for one in victims(path, seed, 6, 0.12) if one[0]]
+    for seed in range(12):
+        # Longer and longer: a busy machine takes its time before the first cutout.
+        killed += [one for one in victims(path, seed, 6, 0.12 * 1.3**seed) if one[0]]
         if sum(sealing for _, _, sealing in killed) >= 6:
             break
     assert len({staged for _, staged, _ in killed}) >= 4, f"the kills came at too few different moments: {killed}"

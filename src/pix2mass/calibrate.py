@@ -224,7 +224,7 @@ _SHAPE_STEPS = 100
 
 
 def fit_calibration(
-    mean: np.ndarray, sigma: np.ndarray, z: np.ndarray, label: np.ndarray, label_err: np.ndarray
+    mean: np.ndarray, sigma: np.ndarray, z: np.ndarray, label: np.ndarray, label_err: np.ndarray, networks: int = 5
 ) -> Calibration:
     """Maximum likelihood of labels, each with its own error, given what networks said that were not trained on them.
 
@@ -234,6 +234,8 @@ def fit_calibration(
         z: (n,) redshifts; all equal where the network uses none.
         label: (n,) measured log10 M500c.
         label_err: (n,) their standard errors, dex; they widen the likelihood and so are no part of the posterior.
+        networks: how many networks said so. A shift seen in one may be its own and must not be put on another: with one
+            network no shift is fitted, with few a small one.
 
     Returns:
         The calibration. Its posteriors are of the true mass, under the distribution of true masses of these clusters.
@@ -250,6 +252,8 @@ def fit_calibration(
         n=len(mean),
     )
 
+    width = np.concatenate([_SHIFT_PRIOR * max(1.0 - 1.0 / networks, 1e-6), _STRETCH_PRIOR])
+
     def with_terms(parameters: np.ndarray) -> Calibration:
         shift, stretch = np.split(parameters, [len(_SHIFT_PRIOR)])
         return replace(blank, shift=tuple(map(float, shift)), stretch=tuple(map(float, stretch)))
@@ -258,7 +262,7 @@ def fit_calibration(
         # A plain Gaussian of scale 1: which shape it is comes next.
         one = with_terms(parameters).posterior(mean, sigma, z)
         variance = one.scale**2 + label_err**2
-        penalty = ((parameters / np.concatenate([_SHIFT_PRIOR, _STRETCH_PRIOR])) ** 2).sum()
+        penalty = ((parameters / width) ** 2).sum()
         return 0.5 * float(penalty + (np.log(variance) + (label - one.centre) ** 2 / variance).sum())
 
     start = np.zeros(len(_SHIFT_PRIOR) + len(_STRETCH_PRIOR))
@@ -298,7 +302,8 @@ def cross_calibrate(
     centre, scale, shapes = np.empty(len(mean)), np.empty(len(mean)), []
     for k in range(int(fold.max()) + 1):
         test = fold == k
-        found = fit_calibration(*(values[~test] for values in (mean, sigma, z, label, label_err)))
+        others = [values[~test] for values in (mean, sigma, z, label, label_err)]
+        found = fit_calibration(*others, networks=int(fold.max()))
         one = found.posterior(mean[test], sigma[test], z[test])
         centre[test], scale[test] = one.centre, one.scale
         shapes.append(list(found.shape))
