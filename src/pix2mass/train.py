@@ -618,6 +618,8 @@ def train(
             for k in range(n_networks):
                 folder.save_weights(f"fold-{k}", torch.load(checkpoints / f"fold-{k}.pt", weights_only=True))
             covered, statistics = _look(store, data.rows)
+            calibration = fit_calibration(*known, networks=n_folds)
+            as_predicted = calibration.posterior(mean, sigma, data.z).centre
             folder.write_json(
                 "model.json",
                 {
@@ -626,7 +628,7 @@ def train(
                     **start.info,
                     "folds": n_networks,
                     "views": 1 if config.network == "fused" else config.views,
-                    "calibration": fit_calibration(*known).as_json(),
+                    "calibration": calibration.as_json(),
                     "shrinkage": Shrinkage.fit(posterior.centre, data.label, data.label_err).as_json(),
                     "training_prior": TrainingPrior.fit(data.label, data.label_err, data.z).as_json(),
                     "z_range": [float(data.z.min()), float(data.z.max())],
@@ -634,7 +636,7 @@ def train(
                     # Simulated edges pass no further than the centre: about half of the image is always left.
                     "min_coverage": min(0.5 if config.edge_probability > 0 else 1.0, float(covered.min())),
                     "prior": "the distribution of the training labels",
-                    "reference": Reference.fit(statistics, data.z, posterior.centre).as_json(),
+                    "reference": Reference.fit(statistics, data.z, as_predicted).as_json(),
                     "trained_on": "mock sky" if "log10_m500c_true" in catalog.colnames else "real observations",
                 },
             )
