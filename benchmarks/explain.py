@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from astropy.table import QTable
-from captum.attr import LayerAttribution, LayerGradCam
+from captum.attr import LayerGradCam
 from scipy.ndimage import gaussian_filter
 from scipy.stats import rankdata
 
@@ -181,12 +181,12 @@ def grad_cam(
     """Grad-CAM as published, with its sign: the activations times their gradients' means (h, w)."""
     total = np.zeros(images.shape[2:])
     for regressor in predictor.regressors:
-        method = LayerGradCam(lambda *inputs, net=regressor: net(*inputs)[0], regressor.encoder.taps[-1])
-        seen = regressor.rescale(images, noise, z)
-        low = method.attribute(seen, additional_forward_args=(valid, z), relu_attributions=False)
-        size = (images.shape[2], images.shape[3])
-        high = LayerAttribution.interpolate(low, size, "bilinear")
-        total += high.detach().sum(dim=(0, 1)).numpy() / len(predictor.regressors)
+        here = regressor.for_maps(images, valid, noise, z)
+        low = LayerGradCam(here, here.tap).attribute(
+            images, additional_forward_args=(valid, noise, z), relu_attributions=False
+        )
+        high = here.to_pixels(low.detach()[:, 0], (images.shape[2], images.shape[3]))
+        total += high.sum(dim=0).numpy() / len(predictor.regressors)
     return total
 
 
@@ -249,7 +249,8 @@ def shuffled_run(run: RunFolder, store: ImageStore) -> Predictor:
     """The run's recipe trained on the labels of other clusters."""
     folder = RunFolder(run / "shuffled")
     for name in ("encoder.safetensors", "pretrain.json", "provenance.json"):
-        shutil.copy(run / name, folder / name)
+        if (run / name).exists():
+            shutil.copy(run / name, folder / name)
     catalog = read_catalog(run / "catalog.ecsv")
     order = np.random.default_rng(SEED).permutation(len(catalog))
     for name in ("log10_m500c", "log10_m500c_err"):

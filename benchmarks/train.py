@@ -1,6 +1,6 @@
 """Claim: pretraining and fine-tuning run at 0.9 of the speed of a bare loop of the same network on data in memory.
 
-Run: python benchmarks/train.py [--clusters 1000] [--epochs 3] [--rounds 3] [--network bands|fused] [--n-pixels 64]
+Run: python benchmarks/train.py [--clusters 1000] [--epochs 3] [--rounds 3] [--n-pixels 64]
 
 Synthetic pixels. The product reads its store, augments, validates and keeps checkpoints; the bare loop has its batches
 as tensors, ready for the network, and does forward, backward, clipping and step, and the same validation. Both take
@@ -134,15 +134,12 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--network", choices=["bands", "fused"], default="bands")
     parser.add_argument("--n-pixels", type=int, default=64)
     options = parser.parse_args()
     n, epochs = options.clusters, options.epochs
     grid = GridConfig(n_pixels=options.n_pixels)
     first = PretrainConfig(epochs=epochs, patience=epochs, accelerator="cpu")
-    second = TrainConfig(
-        network=options.network, epochs=epochs, patience=epochs, folds=2, freeze_encoder=False, accelerator="cpu"
-    )
+    second = TrainConfig(epochs=epochs, patience=epochs, folds=2, freeze_encoder=False, accelerator="cpu")
     times: dict[str, tuple[list[float], list[float]]] = {"pretraining": ([], []), "fine-tuning": ([], [])}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)

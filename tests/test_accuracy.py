@@ -46,12 +46,12 @@ def test_the_curve_of_a_run(tmp_path, monkeypatch):
         yield lambda *_: None
 
     monkeypatch.setattr(pipeline, "_LEAST_LABELS", 25)
-    monkeypatch.setattr("pix2mass.model._STEPS", 50)
+    monkeypatch.setattr("pix2mass.galaxies._STEPS", (200, 200))
     grid = GridConfig(bands="gri", n_pixels=16)
     catalog = toy_catalog(120, 5)
     store = build(catalog, ToySource(grid), tmp_path / "toy.zarr", grid)
     folder = RunFolder(tmp_path / "run")
-    pipeline.train_run(folder, store, catalog, TrainConfig(network="fused", folds=3), 1, quiet)
+    pipeline.train_run(folder, store, catalog, TrainConfig(network="galaxies", folds=3), 1, quiet)
     found = pipeline.learning_curve(folder, store, 1, quiet)
     assert [point["n"] for point in found["labels"]] == [30, 60, 120] and found["unlabelled"] == []
     assert found["labels"][-1]["mae_dex"] < found["labels"][0]["mae_dex"]

@@ -19,7 +19,7 @@ from pix2mass.explain.attribution import mass_maps
 from pix2mass.explain.blank_sky import blank_sky
 from pix2mass.explain.files import file_name
 from pix2mass.images.grid import target_wcs
-from pix2mass.model import prepare
+from pix2mass.model import WholeImages, prepare
 from pix2mass.predict import Predictor
 from pix2mass.report import map_figure
 from pix2mass.run import RunFolder
@@ -37,8 +37,8 @@ class HandMade(torch.nn.Module):
         self.encoder = SimpleNamespace(taps=torch.nn.ModuleList([torch.nn.Identity()]))
         self.tap = self.encoder.taps[0]
 
-    def rescale(self, images, noise, z):
-        return images * noise[..., None, None]
+    def for_maps(self, images, valid, noise, z):
+        return WholeImages(self)
 
     def forward(self, images, valid, z):
         n, n_bands, h, w = images.shape
@@ -212,6 +212,23 @@ def test_maps_of_a_trained_network_are_complete_and_find_the_blob(trained):
     assert {*METHODS, *(f"band_{name}" for name in METHODS)} <= set(maps)
     for name in METHODS:
         assert maps[f"band_{name}"].shape == (3, 16, 16), name
+
+
+def test_maps_of_the_network_of_galaxies_are_complete_and_lie_on_the_sources(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("pix2mass.galaxies._STEPS", (150, 150))
+    _, store, catalog = trained
+    folder = RunFolder(tmp_path / "run")
+    train(store, catalog, np.arange(60) % 2, folder, TrainConfig(network="galaxies", folds=2), 1)
+    folder.write_provenance(1)
+    heavy = str(catalog["id"][np.argmax(catalog["log10_m500c_true"])])
+    maps = load(explain(folder, store, [heavy], steps=500, compare=True)[0])
+    difference = float(maps["log10_m500c_networks"] - maps["log10_m500c_blank_sky"])
+    assert difference > 0.3, "a cluster weighs more than blank sky"
+    assert maps["integrated_gradients"].sum() == pytest.approx(difference, rel=0.01)
+    y, x = np.mgrid[:16, :16] - 7.5
+    for name in ("joint", "cam"):
+        assert np.abs(maps[name])[np.hypot(x, y) < 5].sum() > 0.5 * np.abs(maps[name]).sum(), name
+    assert not any(name.startswith("band_") for name in maps), "there is no network 1"
 
 
 def test_band_maps_explain_the_odds_of_the_true_band(trained):

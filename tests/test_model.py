@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from pix2mass.config import GridConfig
-from pix2mass.cosmology import l_star_red_mag
 from pix2mass.model import (
     BandClassifier,
     Encoder,
-    FusedRegressor,
     MassRegressor,
     ViewMatcher,
-    _ridge,
     combine,
     dihedral,
     negative_log_likelihood,
@@ -204,81 +200,6 @@ def test_what_is_no_encoder_says_so(name, match):
 # ---- all bands together ----------------------------------------------------------------------------------------------
 
 GRID = GridConfig(bands="gri", width_kpc=2400.0, n_pixels=128)
-
-
-def galaxies(z: float, light: float, blue_mag: float = 0.0, n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flux (1, 3, 32, 32) of n single pixels that hold ``light`` L* of a red galaxy at z, bluer by ``blue_mag`` in g-r
-    and r-i, and a noise level far below them (1, 3)."""
-    mag = l_star_red_mag(z)[1:4] - np.array([2, 1, 0]) * blue_mag
-    flux = torch.zeros(1, 3, 32, 32)
-    for k in range(n):
-        flux[0, :, 3 + 2 * k, 5 + k] = torch.tensor(light * 10 ** (-0.4 * (mag - 22.5)))
-    return flux, torch.full((1, 3), 1e-3)
-
-
-def seen(z: float, light: float, blue_mag: float = 0.0) -> torch.Tensor:
-    """Sums of the maps that the fused encoder makes of the unsmoothed image, (17,)."""
-    network, redshift = FusedRegressor(GRID), torch.tensor([z])
-    flux, noise = galaxies(z, light, blue_mag)
-    images, _ = prepare(flux, torch.zeros(flux.shape, dtype=torch.bool), noise)
-    maps = network.encoder(network.rescale(images, noise, redshift), redshift)
-    return maps[0, :17].sum(dim=(1, 2))
-
-
-@pytest.mark.parametrize("z", [0.1, 0.25, 0.45])
-def test_red_galaxies_are_counted_at_every_redshift_and_blue_ones_are_not(z):
-    empty = seen(z, 0.0)
-    red, blue = seen(z, 0.4) - empty, seen(z, 0.4, blue_mag=0.6) - empty
-    assert red[4].item() == pytest.approx(12, rel=0.02), "closely on the red sequence, brighter than 0.12 L*"
-    assert red[5].item() == pytest.approx(12 * 0.4, rel=0.02), "and their light, in L*"
-    assert blue[4] < 0.1 * red[4]
-    assert blue[14].item() == pytest.approx(red[14].item(), rel=0.02), "whatever their colour"
-
-
-def test_the_fused_network_does_not_see_noise_units_or_rotations():
-    network, z = FusedRegressor(GRID).eval(), torch.tensor([0.2])
-    flux, noise = galaxies(0.2, 0.3)
-    mask = torch.zeros(flux.shape, dtype=torch.bool)
-    images = [network.rescale(prepare(flux, mask, noise * f)[0], noise * f, z) for f in (1.0, 30.0)]
-    torch.testing.assert_close(images[0], images[1], atol=1e-4, rtol=1e-4)
-    valid = torch.ones(1, 32, 32)
-    for view in range(1, 8):
-        torch.testing.assert_close(network.pool(images[0], valid, z), network.pool(dihedral(images[0], view), valid, z))
-
-
-def test_leaving_one_out_is_what_refitting_without_each_gives(monkeypatch):
-    monkeypatch.setattr("pix2mass.model._PENALTIES", np.array([1e-9]))
-    rng = np.random.default_rng(1)
-    terms, weight = torch.tensor(rng.normal(size=(30, 4))), torch.tensor(rng.uniform(0.5, 2, 30))
-    wanted = terms @ torch.tensor([1.0, -2.0, 0.5, 0.0]).double() + 3 + 0.3 * torch.tensor(rng.normal(size=30))
-    change, level, missed = _ridge(terms, wanted, weight)
-    design, root = np.column_stack([terms.numpy(), np.ones(30)]), np.sqrt(weight.numpy())
-    whole = np.linalg.lstsq(design * root[:, None], wanted.numpy() * root, rcond=None)[0]
-    np.testing.assert_allclose([*change, level], whole, atol=1e-5)
-    for left_out in (0, 17):
-        others = np.arange(30) != left_out
-        fit = np.linalg.lstsq(design[others] * root[others, None], wanted.numpy()[others] * root[others], rcond=None)[0]
-        assert missed[left_out].item() == pytest.approx(wanted[left_out].item() - design[left_out] @ fit, abs=1e-5)
-
-
-def test_the_fit_finds_a_power_law_and_fine_tuning_keeps_what_few_labels_cannot_tell():
-    rng = np.random.default_rng(2)
-    network = FusedRegressor(GRID)
-    n = len(network.pooled_mean)
-    # Rings and maps of one cluster say much the same: two things differ between clusters, and some noise.
-    latent = rng.normal(size=(400, 2))
-    pooled = latent @ rng.normal(size=(2, n)) + 0.1 * rng.normal(size=(400, n))
-    pooled, z = (torch.tensor(v, dtype=torch.float32) for v in (pooled, rng.uniform(0.1, 0.5, 400)))
-    mass = 14.5 + torch.tensor(0.3 * latent[:, 0] - 0.2 * latent[:, 1], dtype=torch.float32) + 0.5 * (z - 0.3)
-    label = mass + 0.1 * torch.tensor(rng.normal(size=400), dtype=torch.float32)
-    network.fit(pooled[:300], z[:300], label[:300], torch.full((300,), 0.1), seed=1)
-    estimate, sigma = network.from_pooled(pooled[300:], z[300:])
-    assert (estimate - mass[300:]).abs().mean() < 0.4 * (mass - mass.mean()).abs().mean() and (sigma > 0).all()
-    before, few = (estimate - mass[300:]).std().item(), torch.arange(12)
-    network.fit(pooled[few], z[few], label[few] + 0.5, torch.full((12,), 0.1), seed=1, tune=True)
-    moved = network.from_pooled(pooled[300:], z[300:])[0] - mass[300:]
-    assert moved.mean().item() == pytest.approx(0.5, abs=0.15)
-    assert moved.std().item() < before + 0.05
 
 
 def test_views_are_matched_by_what_they_show():

@@ -340,43 +340,43 @@ def test_contrastive_pretraining_matches_views_and_tells_no_bands(toy, tmp_path)
     assert np.isfinite(table["log10_m500c"]).all()
 
 
-FUSED = TrainConfig(network="fused", folds=3)
+GALAXIES = TrainConfig(network="galaxies", folds=3)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_steps():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pix2mass.model._STEPS", 50)
+        patch.setattr("pix2mass.galaxies._STEPS", (150, 150))
         yield
 
 
 @pytest.fixture(scope="module")
-def fused(toy, tmp_path_factory) -> RunFolder:
-    folder = RunFolder(tmp_path_factory.mktemp("fused") / "toy")
-    train(toy[1], toy[0], folds(90), folder, FUSED, 1)
+def counting(toy, tmp_path_factory) -> RunFolder:
+    folder = RunFolder(tmp_path_factory.mktemp("galaxies") / "toy")
+    train(toy[1], toy[0], folds(90), folder, GALAXIES, 1)
     folder.write_provenance(1)
     return folder
 
 
-def test_the_fused_network_learns_without_network_1_and_predicts(fused, toy):
+def test_the_network_of_galaxies_learns_without_network_1_and_predicts(counting, toy):
     catalog, store = toy
-    table = QTable.read(fused / "train-out-of-fold.ecsv", format="ascii.ecsv")
+    table = QTable.read(counting / "train-out-of-fold.ecsv", format="ascii.ecsv")
     true = np.asarray(catalog["log10_m500c_true"])
     error = np.abs(np.asarray(table["log10_m500c"]) - true).mean()
     assert error < 0.5 * np.abs(true - true.mean()).mean(), "on clusters it has not seen"
-    assert fused.read_json("model.json")["network"] == "fused"
-    predicted = predict(Predictor(fused), store)
+    assert counting.read_json("model.json")["network"] == "galaxies"
+    predicted = predict(Predictor(counting), store)
     assert np.abs(np.asarray(predicted["log10_m500c"]) - true).mean() < error + 0.02
 
 
-def test_fine_tuning_starts_from_another_run(fused, toy, tmp_path):
+def test_fine_tuning_starts_from_another_run(counting, toy, tmp_path):
     catalog, store = toy
     moved = catalog.copy()
     moved["log10_m500c"] += 0.3
     few = np.arange(0, 90, 4)
-    tuned = FUSED.model_copy(update={"start_from": fused.path})
+    tuned = GALAXIES.model_copy(update={"start_from": counting.path})
     masses = {}
-    for name, config in (("alone", FUSED), ("tuned", tuned)):
+    for name, config in (("alone", GALAXIES), ("tuned", tuned)):
         folder = RunFolder(tmp_path / name)
         table = train(store, moved[few], folds(len(few)), folder, config, 1)
         masses[name] = np.asarray(table["log10_m500c"]) - np.asarray(moved["log10_m500c_true"])[few]
@@ -384,15 +384,15 @@ def test_fine_tuning_starts_from_another_run(fused, toy, tmp_path):
     assert masses["tuned"].std() < masses["alone"].std(), "and what 23 labels cannot teach is kept"
 
 
-def test_starting_from_what_does_not_fit_is_refused(fused, pretrained, toy, tmp_path):
+def test_starting_from_what_does_not_fit_is_refused(counting, pretrained, toy, tmp_path):
     catalog, store = toy
-    with pytest.raises(Pix2massError, match="network = 'fused'.*'bands'"):
-        config = TRAIN.model_copy(update={"start_from": fused.path})
+    with pytest.raises(Pix2massError, match="network = 'galaxies'.*'bands'"):
+        config = TRAIN.model_copy(update={"start_from": counting.path})
         train(store, catalog, folds(90), copy(pretrained, tmp_path / "a"), config, 1)
     grid = GridConfig(bands="ri", n_pixels=16)
     other = build(catalog, ToySource(grid), tmp_path / "ri.zarr", grid)
     with pytest.raises(Pix2massError, match="trained on bands 'gri'"):
-        config = FUSED.model_copy(update={"start_from": fused.path})
+        config = GALAXIES.model_copy(update={"start_from": counting.path})
         train(other, catalog, folds(90), RunFolder(tmp_path / "b"), config, 1)
 
 

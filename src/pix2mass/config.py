@@ -508,10 +508,10 @@ class TrainConfig(OptimConfig):
     """Number of folds."""
     fold_separation_deg: float = Field(default=0.5, ge=0)
     """Clusters closer than this on the sky share a fold."""
-    network: Literal["bands", "fused"] = "bands"
-    """'bands': features of each band by itself, from network 1 (the paper's way). 'fused': all bands together in units
-    of a red galaxy at the cluster's redshift; needs no network 1, and the redshift; fitted in closed form, so that of
-    the settings below folds, fold_separation_deg and start_from alone have a say."""
+    network: Literal["bands", "galaxies"] = "bands"
+    """'bands': features of each band by itself, from network 1 (the paper's way). 'galaxies': sources of the image are
+    weighed and counted; needs no network 1, and the redshift; of the settings below folds, fold_separation_deg and
+    start_from alone have a say."""
     start_from: Path | None = None
     """Run folder whose first network 2 the training starts from, scaler included: fine-tuning, say after training on
     mock clusters. Give a lower learning rate, where there is one."""
@@ -538,8 +538,8 @@ class TrainConfig(OptimConfig):
             raise ValueError("from_scratch needs freeze_encoder = false: random frozen weights learn nothing")
         if self.from_scratch and self.start_from is not None:
             raise ValueError("give either from_scratch or start_from")
-        if self.network == "fused" and not self.use_redshift:
-            raise ValueError("network = 'fused' needs use_redshift: its images are in units of a galaxy there")
+        if self.network == "galaxies" and not self.use_redshift:
+            raise ValueError("network = 'galaxies' needs use_redshift: light is in units of a galaxy's there")
         return self
 
 

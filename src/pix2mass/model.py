@@ -13,18 +13,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pix2mass.config import GridConfig
-from pix2mass.cosmology import kpc_per_arcsec, l_star_red_mag
-from pix2mass.types import BANDS, NANOMAGGY_ZEROPOINT_MAG, SDSS_PIXEL_SCALE_ARCSEC, Pix2massError
+from pix2mass.galaxies import GalaxyRegressor
+from pix2mass.types import Pix2massError
 
 RADIAL_EDGES = (0.06, 0.15, 0.35, 0.75)
 """Centres of the radial pooling rings, in units of the cutout's half-width (60 to 750 kpc on the default grid)."""
+_RING_WIDTH = 0.45
+"""Of those rings, in ln radius."""
 _MIN_LOG_SIGMA = math.log(0.02)
 
 
@@ -307,6 +308,10 @@ class MassRegressor(nn.Module):
         """Images as :meth:`forward` takes them, from those that :func:`prepare` gives: the same here."""
         return images
 
+    def for_maps(self, images: Tensor, valid: Tensor, noise: Tensor, z: Tensor) -> WholeImages:
+        """The network as a function of which attributions are taken near these images: the same for all."""
+        return WholeImages(self)
+
     def features(self, images: Tensor, z: Tensor | None = None) -> list[Tensor]:
         """Feature maps of all bands, per level (n, n_bands * channels, h', w'), from images (n, n_bands, h, w); the
         redshifts have no say."""
@@ -354,292 +359,57 @@ class MassRegressor(nn.Module):
         return mean * self.label_scale + self.label_mean, sigma + math.exp(_MIN_LOG_SIGMA)
 
 
-# ---- all bands together --------------------------------------------------------------------------------------------
-
-_SOFTENING = 0.05
-"""Light per pixel, in L*, at which images of the fused network turn from linear to logarithmic."""
-_NATIVE_SIGMA_NMGY = {"u": 0.044, "g": 0.0186, "r": 0.027, "i": 0.046, "z": 0.178}
-"""Noise of a native SDSS pixel: within the range of six frames. It weighs colours; images are not scaled by it."""
-_COLOUR_SCATTER = {"g": 0.10, "r": 0.06, "i": 0.08}
-"""Fractional width of the red sequence in the flux of a band relative to the next: scatter, slope and zero points. The
-band u is too noisy to tell members and is left out."""
-_CLOSE, _NEAR = 1.0, 3.0
-"""Two ways to agree with the red sequence: exp(-chi2 / 2) of colours, and with chi2 over this."""
-_CUTS = ((_CLOSE, 0.03), (_CLOSE, 0.06), (_CLOSE, 0.12), (_NEAR, 0.03), (_NEAR, 0.06), (_NEAR, 0.12), (_NEAR, 0.25))
-"""Agreement, and the light of one pixel in L* from which it counts: a galaxy's light is spread over a few pixels."""
-_BRIGHTEST_PIXEL = 0.6
-"""Light of a pixel, in L*, beyond which more does not count: stars and brightest galaxies would outweigh all others."""
-_N_COUNTED = 2 * len(_CUTS) + 3
-_FUSED_RINGS = (0.05, 0.12, 0.25, 0.45, 0.75, 1.1)
-"""Centres of the pooling rings of the fused network, in units of the cutout's half-width."""
-_LEAST_POOLED = 1e-4
-_TABLE_Z = np.arange(0.02, 0.7001, 0.005)
-_BINOMIAL = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]) / 16
-_BINOMIAL_NOISE = 0.375
-"""White noise that is left after smoothing with it."""
-_PENALTIES = np.geomspace(1.0, 1e5, 26)
-_MISSED_DEX, _INPUT_NOISE, _STEPS, _STEP_CLUSTERS = 0.2, 0.5, 1000, 128
-"""Of the network beside the linear layer: scale of its output, noise on its inputs (in units of their scatter), steps
-of training and clusters per step. Set on development clusters (docs/accuracy.md)."""
-
-
-class FusedEncoder(nn.Module):
-    """Images of all bands together to maps of the light that may belong to the cluster.
-
-    The layer has no weights to learn: it knows what a red galaxy at redshift z looks like. Light is in units of an L*
-    red galaxy's in each band. At each pixel the departures of neighbouring bands from the red sequence, in units of
-    their errors, give chi2. Counted are, on the images as they are and on smoothed ones: pixels brighter than some cuts
-    that agree with the red sequence, closely or nearly; their light; and the same of all pixels, whatever their colour.
+class WholeImages(nn.Module):
+    """A :class:`MassRegressor` as attributions need it: from normalised images to one number each.
 
     Args:
-        grid: bands and pixel scale of the images.
+        regressor: the network.
     """
 
-    l_star: Tensor
-    sigma: Tensor
-    binomial: Tensor
-
-    def __init__(self, grid: GridConfig) -> None:
+    def __init__(self, regressor: MassRegressor) -> None:
         super().__init__()
-        self.bands = grid.bands
-        columns = [BANDS.index(band) for band in grid.bands]
-        flux = 10 ** (-0.4 * (l_star_red_mag(_TABLE_Z)[:, columns] - NANOMAGGY_ZEROPOINT_MAG))
-        native = np.array([_NATIVE_SIGMA_NMGY[band] for band in grid.bands])
-        width_arcsec = grid.width_arcsec or (grid.width_kpc or 0.0) / kpc_per_arcsec(_TABLE_Z)
-        pixel_arcsec = np.broadcast_to(width_arcsec, _TABLE_Z.shape) / grid.n_pixels
-        sigma = native * (pixel_arcsec / SDSS_PIXEL_SCALE_ARCSEC)[:, None] / flux
-        self.register_buffer("l_star", torch.tensor(flux, dtype=torch.float32), persistent=False)
-        self.register_buffer("sigma", torch.tensor(sigma, dtype=torch.float32), persistent=False)
-        self.register_buffer("binomial", _BINOMIAL[None, None].clone(), persistent=False)
-        self.reference = grid.bands.index("i") if "i" in grid.bands else len(grid.bands) - 1
-        """The band in which luminosity is measured."""
-        self.n_maps = 2 * _N_COUNTED
-        self.taps = nn.ModuleList([nn.Identity()])
-        """Where the maps come out: the layer that class-activation maps hook on to."""
+        self.regressor = regressor
+        self.tap = regressor.encoder.taps[-1]
+        """Where the last feature maps come out, one per band."""
+        self.gradients_per_step = 1
 
-    def at(self, table: Tensor, z: Tensor) -> Tensor:
-        """Rows of a table over redshift, interpolated: (n, n_bands, 1, 1)."""
-        step = (z - float(_TABLE_Z[0])) / float(_TABLE_Z[1] - _TABLE_Z[0])
-        step = step.clamp(0, len(_TABLE_Z) - 1.001)
-        left = step.long()
-        part = (step - left)[:, None]
-        return ((1 - part) * table[left] + part * table[left + 1])[:, :, None, None]
+    def forward(self, images: Tensor, valid: Tensor, noise: Tensor, z: Tensor) -> Tensor:
+        """log10 M500c (n,); arguments as :meth:`MassRegressor.for_maps`."""
+        return self.regressor(images, valid, z)[0]
 
-    def _counted(self, light: Tensor, sigma: Tensor) -> Tensor:
-        """Maps (n, 17, h, w), none negative, of light in L* (n, n_bands, h, w) with noise sigma (n, n_bands, 1, 1)."""
-        reference, chi2 = light[:, self.reference], torch.zeros_like(light[:, 0])
-        for k, band in enumerate(self.bands[:-1]):
-            if band in _COLOUR_SCATTER:
-                variance = sigma[:, k] ** 2 + sigma[:, k + 1] ** 2 + (_COLOUR_SCATTER[band] * reference) ** 2
-                chi2 = chi2 + (light[:, k] - light[:, k + 1]) ** 2 / variance
-        capped = reference.clamp(0, _BRIGHTEST_PIXEL)
-        agreement = {width: torch.exp(-0.5 * chi2 / width) for width in (_CLOSE, _NEAR)}
-        maps = []
-        for width, cut in _CUTS:
-            counted = agreement[width] * _brighter(reference, cut)
-            maps += [counted, counted * capped]
-        seen = _brighter(reference, _SOFTENING)
-        return torch.stack([*maps, seen, seen * capped, capped.clamp_max(_BRIGHTEST_PIXEL / 2)], dim=1)
-
-    def forward(self, images: Tensor, z: Tensor) -> Tensor:
-        """Maps (n, n_maps, h, w), none negative, of images (n, n_bands, h, w) from :meth:`FusedRegressor.rescale`."""
-        light, sigma = _SOFTENING * torch.sinh(images), self.at(self.sigma, z)
-        single = F.pad(light.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
-        smooth = F.conv2d(single, self.binomial).reshape(light.shape)
-        both = [self._counted(light, sigma), self._counted(smooth, _BINOMIAL_NOISE * sigma)]
-        return self.taps[0](torch.cat(both, dim=1))
+    def to_pixels(self, cells: Tensor, size: tuple[int, int]) -> Tensor:
+        """Maps (n, h', w') brought to (n, h, w); their sums stay."""
+        return to_pixels(cells, size)
 
 
-def _brighter(light: Tensor, cut: float) -> Tensor:
-    """0 up to half the cut, 1 from one and a half on, smooth between: blank sky, most of an image, must not count."""
-    share = (light / cut - 0.5).clamp(0, 1)
-    return share**2 * (3 - 2 * share)
+def to_pixels(cells: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (n, h', w') brought to (n, h, w), bilinearly; their sums stay."""
+    area = size[0] * size[1] / (cells.shape[-2] * cells.shape[-1])
+    return F.interpolate(cells[:, None], size, mode="bilinear", align_corners=False)[:, 0] / area
 
 
-class FusedRegressor(nn.Module):
-    """Network 2 with all bands fused at each pixel: log10 M500c and its standard deviation.
-
-    The maps of :class:`FusedEncoder` are averaged over the usable area in six rings around the centre. Mass is a power
-    of counts and light, so their logarithms go to a linear layer, whose weights are quadratic in redshift and fitted in
-    closed form; a small network beside it learns what that one misses. Both take seconds (:meth:`fit`).
-
-    Args:
-        grid: bands and pixel scale of the images.
-    """
-
-    pooled_mean: Tensor
-    pooled_scale: Tensor
-    sigma_dex: Tensor
-
-    def __init__(self, grid: GridConfig) -> None:
-        super().__init__()
-        self.encoder = FusedEncoder(grid)
-        self.n_bands = len(grid.bands)
-        n_pooled = len(_FUSED_RINGS) * self.encoder.n_maps
-        self.linear = nn.Linear(3 * n_pooled + 3, 1)
-        nn.init.zeros_(self.linear.weight)
-        self.beside = nn.Sequential(
-            nn.Linear(n_pooled + 2, 64), nn.GELU(), nn.Dropout(0.5), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 1)
-        )
-        nn.init.zeros_(self.beside[-1].get_parameter("weight"))
-        nn.init.zeros_(self.beside[-1].get_parameter("bias"))
-        self.register_buffer("pooled_mean", torch.zeros(n_pooled))
-        self.register_buffer("pooled_scale", torch.ones(n_pooled))
-        self.register_buffer("sigma_dex", torch.ones(()))
-
-    def rescale(self, images: Tensor, noise: Tensor, z: Tensor) -> Tensor:
-        """Images in units that make red galaxies look alike at all redshifts and noise levels.
-
-        Args:
-            images: (n, n_bands, h, w) from :func:`prepare`: asinh(flux / noise).
-            noise: (n, n_bands) nanomaggies, that of :func:`prepare`.
-            z: (n,) redshifts.
-
-        Returns:
-            asinh(flux / 5% of an L* red galaxy's at that redshift), same shape.
-        """
-        unit = torch.nan_to_num(noise)[..., None, None] / (_SOFTENING * self.encoder.at(self.encoder.l_star, z))
-        return torch.asinh(torch.sinh(images) * unit)
-
-    def pool(self, images: Tensor, valid: Tensor, z: Tensor) -> Tensor:
-        """Logarithms of the mean of each map in each ring, (n, n_maps * n_rings); arguments as :meth:`forward`."""
-        maps = self.encoder(images, z)
-        size = (maps.shape[2], maps.shape[3])
-        weight = valid[:, None] * _rings(size, valid.device, _FUSED_RINGS, 0.35)
-        mean = torch.einsum("nchw,nrhw->ncr", maps, weight) / (weight.sum(dim=(2, 3))[:, None] + 1e-3)
-        return torch.log(mean + _LEAST_POOLED).flatten(1)
-
-    def _terms(self, pooled: Tensor, z: Tensor) -> Tensor:
-        scaled = (pooled - self.pooled_mean) / self.pooled_scale
-        redshift = ((z - 0.3) / 0.14)[:, None]
-        square = redshift**2 - 1
-        return torch.cat([scaled, scaled * redshift, scaled * square, redshift, square, redshift**3], dim=1)
-
-    def from_pooled(self, pooled: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward`, from the output of :meth:`pool`."""
-        terms = self._terms(pooled, z)
-        mean = self.linear(terms)[:, 0] + self._missed(terms)
-        return mean, self.sigma_dex.expand(len(mean))
-
-    def _missed(self, terms: Tensor) -> Tensor:
-        """What the linear layer misses, (n,) dex, from the same terms: those that are linear, and the redshift's."""
-        n_pooled = len(self.pooled_mean)
-        return _MISSED_DEX * self.beside(torch.cat([terms[:, :n_pooled], terms[:, -3:-1]], dim=1))[:, 0]
-
-    def forward(self, images: Tensor, valid: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mass of clusters: arguments and returns as :meth:`MassRegressor.forward`, images from :meth:`rescale`."""
-        return self.from_pooled(self.pool(images, valid, z), z)
-
-    def fit(
-        self, pooled: Tensor, z: Tensor, log10_m500c: Tensor, label_err: Tensor, seed: int, tune: bool = False
-    ) -> None:
-        """Fit both layers: the linear one by ridge regression, then the network beside it to what that one misses.
-
-        Labels count by 1 / (label_err^2 + 0.1^2). The network learns the errors of estimates from which the cluster
-        itself was left out, from noisy inputs, since few labels teach it little.
-
-        Args:
-            pooled: (n, p) from :meth:`pool`.
-            z: (n,) redshifts.
-            log10_m500c: (n,) labels.
-            label_err: (n,) their standard errors, dex.
-            seed: of the network beside.
-            tune: start from the present state: scaler and network stay, the linear layer departs from its weights as
-                far as the labels ask for.
-        """
-        if not tune:
-            self.pooled_mean.copy_(pooled.mean(dim=0))
-            self.pooled_scale.copy_(pooled.std(dim=0, correction=0).clamp_min(0.05))
-            nn.init.zeros_(self.linear.weight)
-        terms = self._terms(pooled, z)
-        weight = 1 / (label_err**2 + 0.1**2)
-        with torch.no_grad():
-            other = self._missed(terms) if tune else torch.zeros_like(log10_m500c)
-            start = self.linear.weight[0]
-            change, level, missed = _ridge(terms, log10_m500c - other - terms @ start, weight)
-            self.linear.weight.copy_((start + change)[None])
-            self.linear.bias.copy_(level[None])
-        if not tune:
-            torch.manual_seed(seed)
-            missed = missed - self._learn_missed(terms, missed, weight / weight.mean())
-        variance = (weight * (missed**2 - label_err**2)).sum() / weight.sum()
-        self.sigma_dex.copy_(variance.clamp_min(0.02**2).sqrt())
-        self.eval()
-
-    def _learn_missed(self, terms: Tensor, missed: Tensor, weight: Tensor) -> Tensor:
-        """Train the network beside the linear layer to the errors (n,) of that one; what it then says of them."""
-        self.train()
-        optimizer = torch.optim.AdamW(self.beside.parameters(), 2e-3, weight_decay=1.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=_STEPS)
-        n_inputs = len(self.pooled_mean)
-        for _ in range(_STEPS):
-            chosen = torch.randint(len(terms), (_STEP_CLUSTERS,))
-            noisy = terms[chosen].clone()
-            noisy[:, :n_inputs] += _INPUT_NOISE * torch.randn(len(chosen), n_inputs)
-            error = F.smooth_l1_loss(self._missed(noisy), missed[chosen], reduction="none", beta=0.1)
-            optimizer.zero_grad()
-            (10 * (weight[chosen] * error).mean()).backward()
-            optimizer.step()
-            schedule.step()
-        self.eval()
-        with torch.no_grad():
-            return self._missed(terms)
-
-
-def _ridge(terms: Tensor, wanted: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Linear fit with a penalty on the squares of its coefficients.
-
-    The penalty is the one with the least squared error where each cluster is left out of its own estimate, which needs
-    no further fits (Golub, Heath & Wahba 1979, Technometrics 21, 215).
-
-    Args:
-        terms: (n, p).
-        wanted: (n,).
-        weight: (n,).
-
-    Returns:
-        Coefficients (p,), constant (), and wanted minus estimate (n,) of each cluster by a fit to all others.
-    """
-    terms, wanted, weight = terms.double(), wanted.double(), weight.double()
-    share, root = weight / weight.sum(), torch.sqrt(weight / weight.mean())
-    middle, level = share @ terms, share @ wanted
-    left, size, right = torch.linalg.svd(root[:, None] * (terms - middle), full_matrices=False)
-    scaled = root * (wanted - level)
-    along = left.T @ scaled
-    best, penalty, missed = math.inf, 0.0, scaled
-    for trial in map(float, _PENALTIES):
-        kept = size**2 / (size**2 + trial)
-        out = (scaled - left @ (kept * along)) / (1 - share - left**2 @ kept)
-        if float(out @ out) < best:
-            best, penalty, missed = float(out @ out), trial, out
-    change = right.T @ (size / (size**2 + penalty) * along)
-    return change.float(), (level - middle @ change).float(), (missed / root).float()
-
-
-Regressor = MassRegressor | FusedRegressor
+Regressor = MassRegressor | GalaxyRegressor
 
 
 def make_regressor(info: Mapping[str, Any], grid: GridConfig) -> Regressor:
     """An untrained network 2.
 
     Args:
-        info: keys ``network`` ("bands" or "fused"; "bands" where missing), ``encoder`` and ``use_redshift``, as in
+        info: keys ``network`` ("bands" or "galaxies"; "bands" where missing), ``encoder`` and ``use_redshift``, as in
             model.json.
         grid: of the images.
     """
-    if info.get("network", "bands") == "fused":
-        return FusedRegressor(grid)
+    if info.get("network", "bands") == "galaxies":
+        return GalaxyRegressor(grid)
     return MassRegressor(Encoder(info["encoder"]), len(grid.bands), info["use_redshift"])
 
 
-def _rings(
-    size: tuple[int, int], device: torch.device, centres: tuple[float, ...] = RADIAL_EDGES, width: float = 0.45
-) -> Tensor:
+def _rings(size: tuple[int, int], device: torch.device) -> Tensor:
     """Weights of the pooling rings, (1, n_rings, h, w): Gaussian in the logarithm of the distance from the centre."""
     y, x = (((torch.arange(n, device=device) + 0.5) / n) * 2 - 1 for n in size)
     radius = torch.hypot(y[:, None], x[None, :])
-    middles = torch.tensor(centres, device=device).log()[:, None, None]
-    return torch.exp(-0.5 * ((radius.log() - middles) / width) ** 2)[None]
+    middles = torch.tensor(RADIAL_EDGES, device=device).log()[:, None, None]
+    return torch.exp(-0.5 * ((radius.log() - middles) / _RING_WIDTH) ** 2)[None]
 
 
 def negative_log_likelihood(mean: Tensor, sigma: Tensor, label: Tensor, label_err: Tensor) -> Tensor:

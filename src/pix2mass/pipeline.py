@@ -404,7 +404,7 @@ def evaluate_run(folder: RunFolder, store: ImageStore, seed: int, reporter: Repo
         shuffled = train(store, null, np.asarray(folds["fold"]), folder, config, seed, "null", progress)
     if [str(value) for value in out_of_fold["id"]] != [str(value) for value in catalog["id"]]:
         raise Pix2massError(f"{folder.path}: the training did not finish; run `pix2mass train` again")
-    # The fused network needs no pretraining; a run may have gone without.
+    # The network of galaxies needs no pretraining; a run may have gone without.
     pretrained = folder.read_json("pretrain.json") if (folder / "pretrain.json").exists() else {}
     seen = shared_positions(store, pretrained) if pretrained else 0
     with folder.stage("evaluate", digest(out_of_fold["log10_m500c"].tolist(), seed)):
@@ -468,8 +468,9 @@ def run(config: RunConfig, folder: RunFolder, workers: Workers, reporter: Report
     """
     folder.write_config(**{name: getattr(config, name) for name in RunConfig.model_fields})
     survey = _survey(config, folder, workers, reporter)
-    with reporter("pretraining network 1") as progress:
-        pretrain(survey.unlabelled_store, folder, config.pretrain, config.seed, survey.labelled_store, progress)
+    if config.train.network == "bands":
+        with reporter("pretraining network 1") as progress:
+            pretrain(survey.unlabelled_store, folder, config.pretrain, config.seed, survey.labelled_store, progress)
     train_run(folder, survey.labelled_store, survey.labelled, config.train, config.seed, reporter)
     folder.write_provenance(
         config.seed,

@@ -29,10 +29,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pix2mass.calibrate import Shrinkage, TrainingPrior, cross_calibrate, fit_calibration
 from pix2mass.config import GridConfig, OptimConfig, PretrainConfig, TrainConfig
+from pix2mass.galaxies import Described, GalaxyRegressor
 from pix2mass.model import (
     BandClassifier,
     Encoder,
-    FusedRegressor,
     MassRegressor,
     Regressor,
     ViewMatcher,
@@ -51,6 +51,7 @@ Progress = Callable[[int, int], None]
 
 _PREDICT_BATCH = 64
 _SAME_POSITION = 1.0 * u.arcmin
+_FIND_BATCH = 16
 _SCALER_SAMPLE = 128
 """Training clusters from which the scale of the features is taken."""
 _MIN_BAND_COVERAGE = 0.5
@@ -595,7 +596,7 @@ def train(
     checkpoints = folder / "checkpoints" / f"{name}-{key}"
     checkpoints.mkdir(parents=True, exist_ok=True)
     n_folds = int(fold.max()) + 1
-    n_networks = 1 if config.network == "fused" else n_folds
+    n_networks = 1 if config.network == "galaxies" else n_folds
     empty = set(range(n_folds)) - set(fold.tolist())
     if empty:
         raise Pix2massError(f"fold {min(empty)} has no cluster with a mass and usable pixels; use fewer folds")
@@ -603,7 +604,7 @@ def train(
         if name == "train":  # what an earlier training left must not be taken for this one's, should this one stop
             for old in (table_path, folder / "model.json", *folder.path.glob("fold-*.safetensors")):
                 old.unlink(missing_ok=True)
-        train_folds = _train_fused if config.network == "fused" else _train_bands
+        train_folds = _train_galaxies if config.network == "galaxies" else _train_bands
         mean, sigma = train_folds(start, store, data, fold, config, seed, checkpoints, progress)
         known = (mean, sigma, data.z, data.label, data.label_err)
         posterior, shapes = cross_calibrate(*known, fold)
@@ -627,7 +628,7 @@ def train(
                     "grid": store.grid.model_dump(mode="json"),
                     **start.info,
                     "folds": n_networks,
-                    "views": 1 if config.network == "fused" else config.views,
+                    "views": 1 if config.network == "galaxies" else config.views,
                     "calibration": calibration.as_json(),
                     "shrinkage": Shrinkage.fit(posterior.centre, data.label, data.label_err).as_json(),
                     "training_prior": TrainingPrior.fit(data.label, data.label_err, data.z).as_json(),
@@ -661,7 +662,8 @@ class _Start:
     """What the training of network 2 starts from.
 
     Attributes:
-        info: what model.json says of the network: ``network``, ``encoder``, ``use_redshift``.
+        info: what model.json says of the network: ``network``, ``encoder``, ``use_redshift`` and, where it starts from
+            a whole network, ``started_from``, what that one was trained on.
         grid: of the images.
         weights: of the whole network 2, or of its encoder alone; None starts from random ones.
         whole: whether they are the whole network's, scaler included.
@@ -688,8 +690,12 @@ class _Start:
                     )
             _same_bands(made["bands"], store, f"{source.path}: its networks were")
             weights = source.load_weights("fold-0")
-            return cls({**info, "encoder": made["encoder"]}, store.grid, weights, True, digest(_fingerprint(weights)))
-        if config.network == "fused":
+            info |= {
+                "encoder": made["encoder"],
+                "started_from": f"{made['calibration']['n']} clusters, {made['trained_on']}",
+            }
+            return cls(info, store.grid, weights, True, digest(_fingerprint(weights)))
+        if config.network == "galaxies":
             return cls(info, store.grid, None, False, None)
         pretrained = folder.read_json("pretrain.json")
         info["encoder"], key = pretrained["encoder"], folder.stages.get("pretrain", {}).get("key")
@@ -761,7 +767,7 @@ def _train_bands(
                 checkpoints / str(k),
                 (lambda done, total, k=k: progress(k * total + done, n_folds * total)) if progress else None,
             )
-            _keep(regressor, weights)
+            _keep(regressor.state_dict(), weights)
         mean[test], sigma[test] = _estimate(regressor, store, data, test, frozen, config.views)
         if progress:
             progress((k + 1) * config.epochs, n_folds * config.epochs)
@@ -773,13 +779,13 @@ def _check_enough(n: int) -> None:
         raise Pix2massError(f"{n} clusters are left to train a fold on, expected at least 8; use fewer folds")
 
 
-def _keep(network: nn.Module, path: Path) -> None:
+def _keep(values: Any, path: Path) -> None:
     part = path.with_suffix(".part")
-    torch.save(network.state_dict(), part)
+    torch.save(values, part)
     part.replace(path)
 
 
-def _train_fused(
+def _train_galaxies(
     start: _Start,
     store: ImageStore,
     data: _Labelled,
@@ -789,34 +795,54 @@ def _train_fused(
     checkpoints: Path,
     progress: Progress | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`_train_bands`: what the network sees in the images is the same for all folds, the fit takes seconds. So
-    a network fitted to all labels is what is kept, as ``fold-0.pt``, and those of the folds only tell its errors."""
+    """As :func:`_train_bands`: the sources in the images are found once for all folds. The network that is kept, as
+    ``fold-0.pt``, is fitted to all labels; those of the folds tell its errors."""
 
-    def new() -> FusedRegressor:
+    def new() -> GalaxyRegressor:
         regressor = start.regressor(seed)
-        assert isinstance(regressor, FusedRegressor)
+        assert isinstance(regressor, GalaxyRegressor)
         return regressor
 
-    regressor, parts = new(), []
-    with torch.no_grad():
-        for begin in range(0, len(data), _PREDICT_BATCH):
-            part = np.arange(begin, min(begin + _PREDICT_BATCH, len(data)))
-            parts.append(regressor.pool(*_prepared(regressor, store, data, part)))
-            if progress:
-                progress(int(part[-1]) + 1, len(data))
-    pooled = torch.cat(parts)
+    n_folds = int(fold.max()) + 1
+    kept, regressor = checkpoints / "described.pt", new()
+    if not kept.exists():
+        parts, sizes = [], []
+        with torch.no_grad():
+            for begin in range(0, len(data), _FIND_BATCH):
+                part = np.arange(begin, min(begin + _FIND_BATCH, len(data)))
+                parts.append(regressor.described(*_prepared(regressor, store, data, part)))
+                sizes.append(len(part))
+                if progress:
+                    progress(int(part[-1]) + 1, len(data))
+        _keep(tuple(Described.joined(parts, sizes)), kept)
+    described = Described(*torch.load(kept, weights_only=True))
     z, label, label_err = (torch.tensor(v, dtype=torch.float32) for v in (data.z, data.label, data.label_err))
     mean, sigma = np.full(len(data), np.nan), np.full(len(data), np.nan)
-    for k in range(int(fold.max()) + 1):
-        regressor = new()
-        train, test = torch.from_numpy(np.flatnonzero(fold != k)), torch.from_numpy(np.flatnonzero(fold == k))
+
+    def fitted(k: int, train: Tensor) -> GalaxyRegressor:
+        """The network of fold k, or of all clusters, k = n_folds."""
+        regressor, weights = new(), checkpoints / f"part-{k}.pt"
+        if weights.exists():
+            regressor.load_state_dict(torch.load(weights, weights_only=True))
+            return regressor.eval()
         _check_enough(len(train))
-        regressor.fit(pooled[train], z[train], label[train], label_err[train], seed * 1000 + k, start.whole)
+
+        def report(done: int, steps: int) -> None:
+            if progress:
+                progress(k * steps + done, (n_folds + 1) * steps)
+
+        chosen = described.of(train, len(z))
+        regressor.fit(chosen, z[train], label[train], label_err[train], seed * 1000 + k, start.whole, report)
+        _keep(regressor.state_dict(), weights)
+        return regressor
+
+    for k in range(n_folds):
+        train, test = torch.from_numpy(np.flatnonzero(fold != k)), torch.from_numpy(np.flatnonzero(fold == k))
+        regressor = fitted(k, train)
         with torch.no_grad():
-            mean[test], sigma[test] = (values.numpy() for values in regressor.from_pooled(pooled[test], z[test]))
-    regressor = new()
-    regressor.fit(pooled, z, label, label_err, seed, start.whole)
-    _keep(regressor, checkpoints / "fold-0.pt")
+            found = regressor.from_described(described.of(test, len(z)), z[test])
+        mean[test], sigma[test] = (values.numpy() for values in found)
+    _keep(fitted(n_folds, torch.arange(len(z))).state_dict(), checkpoints / "fold-0.pt")
     return mean, sigma
 
 

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from captum.attr import (
     LayerActivation,
-    LayerAttribution,
     LayerGradientXActivation,
     NoiseTunnel,
     Occlusion,
@@ -38,7 +37,7 @@ from captum.attr import (
 )
 from torch import Tensor, nn
 
-from pix2mass.model import BandClassifier, Regressor, dihedral
+from pix2mass.model import BandClassifier, Regressor, dihedral, to_pixels
 from pix2mass.predict import Predictor
 
 METHODS = {
@@ -66,12 +65,16 @@ class Network(NamedTuple):
     Attributes:
         value: from images (n, channels, h, w), and further arguments of length n, to a number each, (n,).
         layer: where its last feature maps come out, one or more per image.
+        to_pixels: brings values (n, h', w') at the places of these maps to pixels (n, h, w).
         view: how it turns the images before it looks at them, see :func:`pix2mass.model.dihedral`.
+        gradients_per_step: by how many times finer than asked for the integral is taken.
     """
 
     value: Callable[..., Tensor]
     layer: nn.Module
+    to_pixels: Callable[[Tensor, tuple[int, int]], Tensor]
     view: int = 0
+    gradients_per_step: int = 1
 
 
 def mass_maps(
@@ -93,7 +96,8 @@ def mass_maps(
         noise: (1, n_bands) nanomaggies, that of :func:`pix2mass.model.prepare`.
         z: (1,) redshift.
         blank: (n_draws, n_bands, h, w) from :func:`~pix2mass.explain.blank_sky.blank_sky`.
-        steps: gradients taken along the integral, per network, shared by the draws.
+        steps: gradients taken along the integral, per network, shared by the draws; four times as many where the
+            network looks at the surroundings of sources only.
         compare: with the methods for comparison, made of the networks' first view alone.
 
     Returns:
@@ -105,11 +109,13 @@ def mass_maps(
     """
 
     def network(regressor: Regressor, view: int) -> Network:
-        def value(images: Tensor, valid: Tensor, noise: Tensor, z: Tensor) -> Tensor:
-            rescaled = regressor.rescale(images, noise, z)
-            return regressor(dihedral(rescaled, view), dihedral(valid, view), z)[0]
+        with torch.no_grad():
+            here = regressor.for_maps(dihedral(images, view), dihedral(valid, view), noise, z)
 
-        return Network(value, regressor.encoder.taps[-1], view)
+        def value(images: Tensor, valid: Tensor, noise: Tensor, z: Tensor) -> Tensor:
+            return here(dihedral(images, view), dihedral(valid, view), noise, z)
+
+        return Network(value, here.tap, here.to_pixels, view, here.gradients_per_step)
 
     views = range(predictor.info["views"])
     networks = [[network(regressor, view) for view in views] for regressor in predictor.regressors]
@@ -146,7 +152,7 @@ def band_maps(
         others = logits.scatter(1, band[:, None], -torch.inf)
         return own[:, 0] - others.logsumexp(dim=1)
 
-    network = Network(log_odds, classifier.encoder.taps[-1])
+    network = Network(log_odds, classifier.encoder.taps[-1], to_pixels)
     bands = torch.arange(images.shape[1])
     found = _attribute([[network]], images[0][:, None], (bands,), blank[:, :, None], steps, compare)
     maps = {
@@ -200,13 +206,14 @@ def _attribute(
     for index, views in enumerate(networks):
         # Steps at neighbouring places of the path go to different draws, and those of one draw are spread over the
         # path: all draws together are integrated as finely as a single one would be with all the steps.
-        draw_of_step = (np.arange(steps) + _NEXT_NETWORK * index) % len(blank)
+        n_gradients = steps * views[0].gradients_per_step
+        draw_of_step = (np.arange(n_gradients) + _NEXT_NETWORK * index) % len(blank)
         for number, network in enumerate(views[: len(blank)]):
             draws = np.arange(number, len(blank), len(views))
             share = len(draws) / len(blank) / len(networks)
             mine = np.flatnonzero(draw_of_step % len(views) == number)
-            along = _path_gradients(network, images, further, blank[draw_of_step[mine]], (mine + 0.5) / steps)
-            add("integrated_gradients", along, 1.0 / steps / len(networks))
+            along = _path_gradients(network, images, further, blank[draw_of_step[mine]], (mine + 0.5) / n_gradients)
+            add("integrated_gradients", along, 1.0 / n_gradients / len(networks))
             sky, sky_further = blank[draws].flatten(0, 1), _repeat(further, len(draws))
             activations = LayerActivation(network.value, network.layer)
             with torch.no_grad():
@@ -218,7 +225,7 @@ def _attribute(
             local = LayerGradientXActivation(network.value, network.layer, multiply_by_inputs=False)
             cells = (seen - unseen) * local.attribute(images, additional_forward_args=further)
             cells = cells.reshape(n, -1, *cells.shape[-2:]).sum(dim=1)
-            add("cam", _undo(_to_pixels(cells, size), network.view), share)
+            add("cam", _undo(network.to_pixels(cells, (size[0], size[1])), network.view), share)
             if compare and number == 0:
                 for name, values in _compare(network, images, further, blank[draws]).items():
                     add(name, values, 1.0 / len(networks))
@@ -281,12 +288,6 @@ def _compare(network: Network, images: Tensor, further: tuple[Tensor, ...], draw
         "smoothgrad": smooth,
         "occlusion": squares[:, 0] / side**2,
     }
-
-
-def _to_pixels(cells: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps (n, h', w') brought to (n, h, w); their sums stay."""
-    area = size[0] * size[1] / (cells.shape[-2] * cells.shape[-1])
-    return LayerAttribution.interpolate(cells[:, None], tuple(size), "bilinear")[:, 0] / area
 
 
 def _undo(maps: Tensor, view: int) -> Tensor:

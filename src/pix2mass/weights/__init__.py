@@ -94,6 +94,7 @@ def _card(name: str, info: dict[str, Any], metrics: dict[str, Any], provenance: 
     met = sum(row["met"] for row in rows if row["target"])
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     low, high = info["label_range"]
+    start = f", after a training on {info['started_from']}" if "started_from" in info else ""
     ratio = metrics.get("ratio_to_richness")
     ratio_line = "" if ratio is None else f" The ratio to richness is {ratio:.3f}."
     seed, commit = provenance.get("seed"), provenance.get("git") or "unknown"
@@ -114,7 +115,7 @@ One network that gives log10(M500c / Msun), H0 = 70 km/s/Mpc, Om = 0.3, from {in
 
 | | |
 |---|---|
-| trained on | {info["trained_on"]}, {metrics["n"]} labelled clusters |
+| trained on | {info["trained_on"]}, {metrics["n"]} labelled clusters{start} |
 | images | bands {info["bands"]}, {grid["n_pixels"]} x {grid["n_pixels"]} pixels, {width} wide |
 | redshifts | {info["z_range"][0]:.2f} to {info["z_range"][1]:.2f} |
 | labels | {low:.2f} to {high:.2f} |
