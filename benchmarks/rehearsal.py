@@ -74,7 +74,8 @@ def pix2mass(*arguments: object) -> float:
     start = time.perf_counter()
     command = [str(Path(sys.executable).with_name("pix2mass")), *map(str, arguments)]
     print("$", " ".join(["pix2mass", *map(str, arguments)]), flush=True)
-    subprocess.run(command, check=True)
+    if subprocess.run(command).returncode:
+        print("this command failed; what it left is looked at all the same", flush=True)
     return time.perf_counter() - start
 
 
@@ -135,7 +136,11 @@ def main() -> None:
     )  # fmt: skip
     frames = list(sky.rglob("frame-*.fits.bz2"))
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Archive, directory=str(sky)))
+    # The address is part of what a store is made from: the same one lets a second run of this script go on.
+    kept = out / "port"
+    port = int(kept.read_text()) if kept.exists() else 0
+    server = ThreadingHTTPServer(("127.0.0.1", port), functools.partial(Archive, directory=str(sky)))
+    kept.write_text(str(server.server_address[1]))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     config["data"] |= {
         "labelled": str(out / "labelled.ecsv"),

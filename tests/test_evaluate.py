@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -152,10 +153,13 @@ def test_on_real_data_the_label_and_its_error_are_the_reference(rng):
     assert metrics["coverage_68"] > 0.75
 
 
-def test_shuffled_labels_as_good_as_real_ones_are_an_error(rng):
+def test_shuffled_labels_as_good_as_real_ones_fail_the_null_test_and_all_numbers_are_kept(rng):
     table, fold = catalog(rng)
-    with pytest.raises(Pix2massError, match="null test failed.*the network has learnt nothing"):
-        evaluate(table, results(table, fold, 0.2, rng), results(table, fold, 0.2, rng), 1, {})
+    metrics, predictions = evaluate(table, results(table, fold, 0.2, rng), results(table, fold, 0.2, rng), 1, {})
+    assert re.match("null test failed.*the network has learnt nothing", metrics["null_test_failed"])
+    assert len(predictions) == len(table)
+    metrics, _ = evaluate(table, results(table, fold, 0.1, rng), results(table, fold, 2.0, rng), 1, {})
+    assert "null_test_failed" not in metrics
 
 
 def test_masses_that_are_not_finite_are_an_error(rng):

@@ -129,6 +129,8 @@ def _print_summary(path: Path, metrics: dict[str, Any]) -> None:
         f"  {path / 'metrics.json'}      all numbers",
     ]
     print("\n".join(line for line in lines))
+    if metrics.get("null_test_failed"):
+        raise Pix2massError(metrics["null_test_failed"])
 
 
 # ---- catalogues and images -------------------------------------------------------------------------------------------

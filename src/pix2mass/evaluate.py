@@ -119,10 +119,11 @@ def evaluate(
         facts: JSON-able values to put into the metrics as they are (band accuracy, seconds, ...).
 
     Returns:
-        The metrics, as written to metrics.json, and the table of predictions.
+        The metrics, as written to metrics.json, and the table of predictions. The metrics have ``null_test_failed``,
+        what to tell the user, where shuffled labels do as well as real ones: the network has learnt nothing from them.
 
     Raises:
-        Pix2massError: shuffled labels do as well as real ones: the network has learnt nothing from the labels.
+        Pix2massError: masses that are not finite.
     """
     row_of = {str(cluster_id): row for row, cluster_id in enumerate(catalog["id"])}
     order = [row_of[str(cluster_id)] for cluster_id in out_of_fold["id"]]
@@ -187,7 +188,7 @@ def evaluate(
     }
     null = differences["shuffled"]
     if not float(null["difference_dex"]) + 2 * float(null["error_dex"]) < 0:  # type: ignore[arg-type]
-        raise Pix2massError(
+        metrics["null_test_failed"] = (
             f"null test failed: the error is {table['shuffled']['mae_dex']:.3f} dex with shuffled labels and "
             f"{network['mae_dex']:.3f} dex with the real ones: the network has learnt nothing from the labels. "
             "Look at the images, the number of labels and the training settings before using these masses"

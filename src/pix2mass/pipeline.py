@@ -390,7 +390,7 @@ def evaluate_run(folder: RunFolder, store: ImageStore, seed: int, reporter: Repo
         What metrics.json holds.
 
     Raises:
-        Pix2massError: the run has not been trained, or shuffled labels do as well as real ones.
+        Pix2massError: the run has not been trained.
     """
     catalog = read_catalog(_need(folder, "catalog.ecsv"))
     folds = QTable.read(_need(folder, "folds.ecsv"), format="ascii.ecsv")

@@ -183,7 +183,7 @@ def _known_methods(methods: Any) -> dict[str, dict[str, float]]:
 
 
 def _summary(metrics: dict[str, Any], methods: dict[str, dict[str, float]]) -> list[str]:
-    """Three sentences: the error, the baselines, the error bars."""
+    """Three sentences: the error, the baselines, the error bars; before them, if need be, that the null test failed."""
     if "network" not in methods:
         return []
     network = methods["network"]
@@ -218,7 +218,9 @@ def _summary(metrics: dict[str, Any], methods: dict[str, dict[str, float]]) -> l
         f"{format_number(metrics.get('coverage_95'), 2)}, and the slope of predicted on reference mass is "
         f"{format_number(network.get('slope'), 2)} (1 is perfect, 0 is the mean for all)"
     )
-    return [first, second + ".", third + "."]
+    failed = metrics.get("null_test_failed")
+    warning = [f"{failed[0].upper()}{failed[1:]}."] if isinstance(failed, str) and failed else []
+    return [*warning, first, second + ".", third + "."]
 
 
 def _key_numbers(metrics: dict[str, Any], methods: dict[str, dict[str, float]]) -> list[tuple[str, str]]:

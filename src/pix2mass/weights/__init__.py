@@ -56,6 +56,8 @@ def pack(run: RunFolder, out: Path, fold: int = 0) -> Path:
     if not 0 <= fold < info["folds"]:
         raise Pix2massError(f"fold {fold}: {run.path} has networks 0 to {info['folds'] - 1}")
     metrics, provenance = run.read_json("metrics.json"), run.read_json("provenance.json")
+    if metrics.get("null_test_failed"):
+        raise Pix2massError(f"{run.path}: {metrics['null_test_failed']}")
     weights = run / f"fold-{fold}.safetensors"
     if not weights.exists():
         raise Pix2massError(f"{weights}: no such weights; the run's training has not finished")
