@@ -329,7 +329,7 @@ class Tally:
             light, radius = np.digitize(case.light, LIGHT_EDGES), np.digitize(case.radius, RADIUS_EDGES)
             cell = light * (len(RADIUS_EDGES) + 1) + radius
             size = (len(LIGHT_EDGES) + 1) * (len(RADIUS_EDGES) + 1)
-            members = sum(case.truth[name] for name in GALAXIES) / case.light
+            members = sum(case.truth[name] for name in GALAXIES) / np.maximum(case.light, 1e-30)
             rows.append(
                 {
                     name: np.array(
