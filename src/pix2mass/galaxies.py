@@ -406,7 +406,9 @@ class GalaxiesAt(nn.Module):
         sources = self.sources.copies(n)
         near = _sinh(sources.near(images)) * network._unit(noise, z)[sources.image][..., None]
         weights = network.weights(network.encoder.describe(near, valid, z, sources))
-        return network.from_sums(self.tap(weights.unflatten(0, (n, -1)).permute(0, 2, 1)[:, :, None]).sum((2, 3)), z)[0]
+        return network.from_sums(
+            self.tap(weights.unflatten(0, (n, len(self.sources.row))).permute(0, 2, 1)[:, :, None]).sum((2, 3)), z
+        )[0]
 
     def to_pixels(self, cells: Tensor, size: tuple[int, int]) -> Tensor:
         """Values (n, 1, n_sources) spread over the 3 x 3 pixels around the sources, in images (n, h, w)."""

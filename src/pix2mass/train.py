@@ -620,6 +620,7 @@ def train(
                 folder.save_weights(f"fold-{k}", torch.load(checkpoints / f"fold-{k}.pt", weights_only=True))
             covered, statistics = _look(store, data.rows)
             calibration = fit_calibration(*known, networks=n_folds)
+            # Estimates are held against what predictions will be, so with the same calibration.
             as_predicted = calibration.posterior(mean, sigma, data.z).centre
             folder.write_json(
                 "model.json",
