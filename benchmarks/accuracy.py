@@ -18,7 +18,6 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from pix2mass.predict import predict
 from pix2mass.run import RunFolder, digest
 from pix2mass.store import ImageStore, build
 from pix2mass.train import RichnessBlend, pretrain
-from pix2mass.types import BANDS, Cutout
+from pix2mass.types import BANDS
 
 RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
 ORDER = ("lin2022", "lin2022-tuned", "contrastive", "scratch", "best", "best-gri", "best-r", "sim-pretrained")
@@ -57,25 +56,6 @@ def reporter(title: str) -> Iterator[Any]:
         print(f"  {title}: {time.monotonic() - start:.0f} s", flush=True)
 
 
-class SomeBands:
-    """Cutouts of a store, some of its bands only.
-
-    Args:
-        store: images of all bands.
-        bands: those to keep.
-    """
-
-    def __init__(self, store: ImageStore, bands: str) -> None:
-        self.store, self.bands = store, bands
-
-    def cutout(self, cluster: Any) -> Cutout:
-        """The cutout of the store with the cluster's id."""
-        whole = self.store[int(self.store.rows([str(cluster["id"])])[0])]
-        index = [whole.bands.index(band) for band in self.bands]
-        parts = {name: getattr(whole, name)[index] for name in ("flux", "sigma", "mask", "psf_fwhm_arcsec")}
-        return replace(whole, bands=self.bands, **parts)
-
-
 class Surveys:
     """Mock surveys, made when they are asked for and kept.
 
@@ -90,6 +70,7 @@ class Surveys:
     def __call__(self, mock: MockConfig, grid: GridConfig, kind: str, n: int, seed: int) -> tuple[QTable, ImageStore]:
         """Catalogue, with richness where it is a rival, and images of n clusters of a kind."""
         name = f"{mock.configuration}-{kind}-{n}-{digest(mock.model_dump(mode='json'), seed)[:8]}"
+        bands, grid = grid.bands, grid.model_copy(update={"bands": BANDS})
         catalog, source = draw_clusters(mock, n, seed, PREFIX[kind]), MockSource(mock, grid, seed)
         table = self.cache / f"{name}.ecsv"
         needed = kind == "test" or (kind == "labelled" and mock.configuration == "sky")
@@ -99,14 +80,10 @@ class Surveys:
             self.cache.mkdir(parents=True, exist_ok=True)
             write_catalog(catalog, table)
         width = f"{grid.width_kpc:.0f}kpc" if grid.width_kpc else f"{grid.width_arcsec:.0f}arcsec"
-        path = self.cache / f"{name}-{grid.bands}-{width}-{grid.n_pixels}.zarr"
+        path = self.cache / f"{name}-{BANDS}-{width}-{grid.n_pixels}.zarr"
         provenance = {"source": "mock", "seed": seed, "config": mock.model_dump(mode="json")}
         with reporter(f"drawing {n} {kind} clusters, {grid.n_pixels} pixels"):
-            if grid.bands == BANDS or path.exists():
-                store = build(catalog, source, path, grid, provenance)
-            else:  # a band's pixels do not depend on the others: taken from the images of all bands
-                _, complete = self(mock, grid.model_copy(update={"bands": BANDS}), kind, n, seed)
-                store = build(catalog, SomeBands(complete, grid.bands), path, grid, provenance)
+            store = build(catalog, source, path, grid, provenance).with_bands(bands)
         return (read_catalog(table) if table.exists() else catalog), store
 
 

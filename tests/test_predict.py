@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from pix2mass.predict import Predictor, as_estimates, as_seen_at, predict
 from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore, build
 from pix2mass.train import pretrain, train
-from pix2mass.types import Flag, Pix2massError
+from pix2mass.types import Cutout, Flag, Pix2massError
 
 GRID = GridConfig(bands="gri", n_pixels=16)
 NEEDED = ("model.json", "provenance.json", "stages.json", "fold-0.safetensors", "fold-1.safetensors")
@@ -113,6 +114,29 @@ def test_a_cluster_alone_gets_the_same_mass(run, new_store, tmp_path):
     alone = predict(run, build(catalog, ToySource(GRID), tmp_path / "one.zarr", GRID))
     assert len(alone) == 1
     assert alone["log10_m500c"][0] == pytest.approx(together["log10_m500c"][4], abs=1e-5)
+
+
+class _Slice:
+    """Some bands of a store's cutouts, as a source."""
+
+    def __init__(self, store: ImageStore) -> None:
+        self.store = store
+
+    def cutout(self, cluster) -> Cutout:
+        whole = self.store[int(self.store.rows([str(cluster["id"])])[0])]
+        parts = {name: getattr(whole, name)[1:4] for name in ("flux", "sigma", "mask", "psf_fwhm_arcsec")}
+        return replace(whole, bands="gri", **parts)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_of_a_store_with_more_bands_the_runs_own_are_used(run, tmp_path, workers):
+    grid, catalog = GridConfig(bands="ugriz", n_pixels=16), toy_catalog(6, 5)
+    more = build(catalog, ToySource(grid), tmp_path / "ugriz.zarr", grid)
+    own = build(catalog, _Slice(more), tmp_path / "gri.zarr", GRID)
+    with open_workers(workers) as several:
+        found, expected = (predict(run, store, workers=several) for store in (more, own))
+    for name in ("log10_m500c", "log10_m500c_err", "flags"):
+        np.testing.assert_array_equal(found[name], expected[name])
 
 
 def test_refuses_stores_it_was_not_made_for(run, tmp_path):

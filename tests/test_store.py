@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -273,3 +274,29 @@ def test_the_build_says_what_it_did(tmp_path):
     assert [done for done, _, _ in seen] == [2, 3, 4, 5] and "retried" in seen[-1][2]
     plain = build(catalog, ToySource(GRID), tmp_path / "plain.zarr", GRID)
     assert plain.checksum == store.checksum, "the summary must be no part of the checksum"
+
+
+def test_some_bands_of_a_store_are_those_of_a_store_built_with_them(tmp_path):
+    catalog = toy_catalog(4, 1)
+    grid = GridConfig(bands="gri", n_pixels=16)
+    store = build(catalog, ToySource(grid), tmp_path / "all.zarr", grid)
+    some = store.with_bands("gri").with_bands("ig").with_bands("g")
+    assert some.grid.bands == "g" and store.grid.bands == "gri"
+    assert some.checksum not in (store.checksum, store.with_bands("i").checksum)
+    np.testing.assert_array_equal(store.with_bands("ig").batch([2, 0])[0], store.batch([2, 0])[0][:, [2, 0]])
+    cutout, whole = some[1], store[1]
+    for name in ("flux", "sigma", "mask", "psf_fwhm_arcsec"):
+        np.testing.assert_array_equal(getattr(cutout, name), getattr(whole, name)[:1])
+    np.testing.assert_array_equal(some.noise, store.noise[:, :1])
+    with pytest.raises(Pix2massError, match="holds bands 'gri', not 'uz' of 'ugz'"):
+        store.with_bands("ugz")
+
+
+def test_a_band_that_is_missing_is_not_missed_where_it_is_not_wanted(tmp_path):
+    store = ImageStore.create(tmp_path / "s.zarr", GRID)
+    bad = cutout(0)
+    bad = replace(bad, mask=np.stack([bad.mask[0], bad.mask[1], np.ones((16, 16), bool)]), flags=Flag.MISSING_BAND)
+    store.append(bad, "a", 0.2)
+    store.seal()
+    store = ImageStore.open(tmp_path / "s.zarr")
+    assert [int(store.with_bands(bands).flags[0]) for bands in ("gr", "ri")] == [0, int(Flag.MISSING_BAND)]

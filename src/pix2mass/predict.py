@@ -82,23 +82,26 @@ class Predictor:
             ) from None
         return regressor.eval()
 
-    def check_store(self, store: ImageStore) -> None:
-        """Refuse images that the run was not made for.
+    def images(self, store: ImageStore) -> ImageStore:
+        """The bands of a store that the run was trained on.
 
         Raises:
-            Pix2massError: other bands or another pixel grid.
+            Pix2massError: one of them is missing, or the pixel grid is another.
         """
-        if store.grid.bands != self.grid.bands:
+        if missing := [band for band in self.grid.bands if band not in store.grid.bands]:
             raise Pix2massError(
                 f"{store.path} holds bands {store.grid.bands!r}, the run {self.folder.path} was trained on "
-                f"{self.grid.bands!r}; build the store with --bands {self.grid.bands} or use another run"
+                f"{self.grid.bands!r}: {''.join(missing)!r} missing; build the store with --bands {self.grid.bands} or "
+                "use another run"
             )
-        if store.grid != self.grid:
+        chosen = store.with_bands(self.grid.bands)
+        if chosen.grid != self.grid:
             raise Pix2massError(
                 f"{store.path} has another pixel grid than the run {self.folder.path}: "
                 f"{store.grid.model_dump(exclude_none=True)} against {self.grid.model_dump(exclude_none=True)}; "
                 "build the store on the run's grid"
             )
+        return chosen
 
     @torch.no_grad()
     def posterior(self, images: Tensor, valid: Tensor, z: Tensor) -> Posterior:
@@ -152,7 +155,7 @@ def predict(
     Args:
         run: a run folder with finished training, the name of packaged weights ("default", "default-gri"), or a
             :class:`Predictor`.
-        store: sealed images with the run's bands and grid.
+        store: sealed images with the run's bands, or more, on its grid.
         progress: called with (done, total).
         workers: of ``distribute.open_workers``, who see the run and the store at the same paths; this process if not
             given.
@@ -177,8 +180,7 @@ def predict(
             f"prior {prior!r} and the correction for shrinkage exclude each other: both undo the training prior"
         )
     predictor = run if isinstance(run, Predictor) else Predictor(run)
-    store = store if isinstance(store, ImageStore) else ImageStore.open(store)
-    predictor.check_store(store)
+    store = predictor.images(store if isinstance(store, ImageStore) else ImageStore.open(store))
     info = predictor.info
     z = store.z.copy()
     if (info["use_redshift"] or prior == "mass-function") and not np.isfinite(z).all():
@@ -261,7 +263,7 @@ class _Site:
 
     @functools.cached_property
     def store(self) -> ImageStore:
-        return ImageStore.open(self._store)
+        return self.predictor.images(ImageStore.open(self._store))
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def explain(
 
     Args:
         run: a run folder with finished training, or a Predictor.
-        store: sealed images with the run's bands and grid; blank sky is drawn from them too.
+        store: sealed images with the run's bands, or more, on its grid; blank sky is drawn from them too.
         ids: which clusters.
         steps: gradients taken along the integral in integrated gradients, per network.
         compare: also make the maps of the other methods: plain gradient, SmoothGrad, occlusion.
@@ -57,8 +57,7 @@ def explain(
         Pix2massError: the store does not fit the run, lacks an id, or a cluster has no usable pixels.
     """
     predictor = run if isinstance(run, Predictor) else Predictor(run)
-    store = store if isinstance(store, ImageStore) else ImageStore.open(store)
-    predictor.check_store(store)
+    store = predictor.images(store if isinstance(store, ImageStore) else ImageStore.open(store))
     rows = store.rows(list(ids))
     classifier = load_band_classifier(predictor.folder)
     folder = out or predictor.folder / "maps"

@@ -7,6 +7,7 @@ local disk is read through memory maps of its shard files.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -108,6 +109,7 @@ class ImageStore:
         self.grid = validate(GridConfig, header["grid"], f"{self.path}: grid of the store")
         self.provenance: dict[str, Any] = header["provenance"]
         self.sealed: bool = header["sealed"]
+        self._chosen: list[int] | None = None
         if self.sealed:
             self._load_columns()
 
@@ -183,6 +185,34 @@ class ImageStore:
                 f"{path}: the store is not finished ({len(store)} cutouts so far); run the command that builds it again"
             )
         return store
+
+    def with_bands(self, bands: str) -> ImageStore:
+        """The same sealed images, read with some of their bands only.
+
+        Args:
+            bands: those to keep, in the order wanted.
+
+        Returns:
+            A view of this store, with a checksum of its own.
+
+        Raises:
+            Pix2massError: the store lacks one of them.
+        """
+        if bands == self.grid.bands:
+            return self
+        if missing := [band for band in bands if band not in self.grid.bands]:
+            raise Pix2massError(
+                f"{self.path} holds bands {self.grid.bands!r}, not {''.join(missing)!r} of {bands!r}; build the store "
+                f"with --bands {bands}"
+            )
+        view, index = copy.copy(self), [self.grid.bands.index(band) for band in bands]
+        view._chosen = index if self._chosen is None else [self._chosen[k] for k in index]
+        view._header = self._header | {"grid": self._header["grid"] | {"bands": bands}}
+        view.grid = self.grid.model_copy(update={"bands": bands})
+        view.noise, view.psf_fwhm_arcsec = self.noise[:, index], self.psf_fwhm_arcsec[:, index]
+        complete = np.isfinite(view.noise).all(axis=1)
+        view.flags = np.where(complete, self.flags & ~int(Flag.MISSING_BAND), self.flags)
+        return view
 
     # ---- writing -----------------------------------------------------------------------------------------------
 
@@ -325,7 +355,11 @@ class ImageStore:
             flux (n, n_bands, h, w) float32 in nanomaggies per pixel, and mask of the same shape, bool, True = unusable.
         """
         rows = np.asarray(rows, int)
-        return self._arrays["flux"].read(rows), self._arrays["mask"].read(rows).view(np.bool_)
+        return self._read("flux", rows), self._read("mask", rows).view(np.bool_)
+
+    def _read(self, name: str, rows: np.ndarray) -> np.ndarray:
+        values = self._arrays[name].read(rows)
+        return values if self._chosen is None else values[:, self._chosen]
 
     def __getitem__(self, row: int) -> Cutout:
         if not 0 <= row < len(self):
@@ -334,7 +368,7 @@ class ImageStore:
         flux, mask = self.batch(one)
         return Cutout(
             flux=flux[0],
-            sigma=self._arrays["sigma"].read(one)[0],
+            sigma=self._read("sigma", one)[0],
             mask=mask[0],
             bands=self.grid.bands,
             ra_deg=float(self.ra_deg[row]),
