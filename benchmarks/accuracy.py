@@ -26,6 +26,7 @@ from astropy.table import QTable, vstack
 
 from pix2mass.catalog import read_catalog, write_catalog
 from pix2mass.config import GridConfig, MockConfig, RunConfig, load_toml
+from pix2mass.distribute import open_workers
 from pix2mass.evaluate import baselines, paired_difference, scores
 from pix2mass.images.mock.population import draw_clusters
 from pix2mass.images.mock.source import MockSource
@@ -62,10 +63,11 @@ class Surveys:
     Args:
         cache: folder.
         sizes: clusters of each kind.
+        workers: processes that draw the images.
     """
 
-    def __init__(self, cache: Path, sizes: dict[str, int]) -> None:
-        self.cache, self.sizes = cache, sizes
+    def __init__(self, cache: Path, sizes: dict[str, int], workers: int = 1) -> None:
+        self.cache, self.sizes, self.workers = cache, sizes, workers
 
     def __call__(self, mock: MockConfig, grid: GridConfig, kind: str, n: int, seed: int) -> tuple[QTable, ImageStore]:
         """Catalogue, with richness where it is a rival, and images of n clusters of a kind."""
@@ -82,8 +84,8 @@ class Surveys:
         width = f"{grid.width_kpc:.0f}kpc" if grid.width_kpc else f"{grid.width_arcsec:.0f}arcsec"
         path = self.cache / f"{name}-{BANDS}-{width}-{grid.n_pixels}.zarr"
         provenance = {"source": "mock", "seed": seed, "config": mock.model_dump(mode="json")}
-        with reporter(f"drawing {n} {kind} clusters, {grid.n_pixels} pixels"):
-            store = build(catalog, source, path, grid, provenance).with_bands(bands)
+        with reporter(f"drawing {n} {kind} clusters, {grid.n_pixels} pixels"), open_workers(self.workers) as workers:
+            store = build(catalog, source, path, grid, provenance, workers).with_bands(bands)
         return (read_catalog(table) if table.exists() else catalog), store
 
 
@@ -257,12 +259,13 @@ def main() -> None:
     parser.add_argument("--recipe", action="append", choices=ORDER, help="only this one; may be given several times")
     parser.add_argument("--quick", action="store_true", help="fewer clusters, the same code: 15 minutes on 2 cores")
     parser.add_argument("--learning-curve", action="store_true", help="recipe best with 125 to 4,000 labels")
+    parser.add_argument("--workers", type=int, default=2, help="processes that draw the images")
     parser.add_argument("--cache", type=Path, default=Path("runs/accuracy"))
     for kind, n in FULL.items():
         parser.add_argument(f"--{kind}", type=int, help=f"clusters of this kind, in place of {n:,}")
     args = parser.parse_args()
     sizes = {kind: getattr(args, kind) or n for kind, n in (QUICK if args.quick else FULL).items()}
-    surveys = Surveys(args.cache, sizes)
+    surveys = Surveys(args.cache, sizes, args.workers)
     print(", ".join(f"{kind} {n}" for kind, n in sizes.items()))
     if args.learning_curve:
         curve(surveys)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from astropy.table import QTable
 from captum.attr import LayerGradCam
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.stats import rankdata
 
 from pix2mass.catalog import read_catalog
@@ -277,21 +277,29 @@ def median_of(values: list[float]) -> tuple[float, float]:
     return float(middle), float(error)
 
 
-def correlation(case: Case, first: np.ndarray, second: np.ndarray, at_equal: bool = False) -> float:
-    """Rank correlation of two |maps|, smoothed to the PSF, over pixels with light above 2 sigma.
+def correlation(case: Case, first: np.ndarray, second: np.ndarray, where: str = "pixels") -> float:
+    """Rank correlation of two |maps|, smoothed to the PSF.
 
     Args:
         case: the cluster.
         first: a map (h, w).
         second: another one.
-        at_equal: of the ranks minus their straight-line dependence on the ranks of radius and of |image - blank sky|,
-            which any network that pools in rings and multiplies by its input brings along.
+        where: "pixels" with light above 2 sigma; the same "at equal" radius and |image - blank sky|: of the ranks minus
+            their straight-line dependence on the ranks of both, which any network that pools in rings and multiplies
+            by its input brings along; or sums over 3 x 3 pixels of "galaxies", one value each: a network that looks at
+            sources alone gives nothing to all other pixels, whatever its weights are.
     """
-    bright = case.maps["light"] / np.sqrt(case.images.shape[1]) > 2.0
-    ranks = [rankdata(gaussian_filter(np.abs(values), case.psf_px)[bright]) for values in (first, second)]
-    if at_equal:
-        known = np.stack([np.ones(bright.sum()), *(rankdata(v[bright]) for v in (case.radius, case.maps["input"]))], 1)
-        ranks = [values - known @ np.linalg.lstsq(known, values)[0] for values in ranks]
+    maps = [gaussian_filter(np.abs(values), case.psf_px) for values in (first, second)]
+    if where == "galaxies":
+        row, column = case.galaxies[:, :2].astype(int).T
+        ranks = [rankdata(uniform_filter(values, 3)[row, column]) for values in maps]
+    else:
+        bright = case.maps["light"] / np.sqrt(case.images.shape[1]) > 2.0
+        ranks = [rankdata(values[bright]) for values in maps]
+        if where == "at equal":
+            others = (rankdata(v[bright]) for v in (case.radius, case.maps["input"]))
+            known = np.stack([np.ones(bright.sum()), *others], 1)
+            ranks = [values - known @ np.linalg.lstsq(known, values)[0] for values in ranks]
     return float(np.corrcoef(*ranks)[0, 1])
 
 
@@ -543,17 +551,20 @@ def main() -> None:
     for title, other in others.items():
         found = [summed(mass_maps(other, c.images, c.valid, c.noise, c.z, c.blank, STEPS)) for c in cases]
         key = "randomised_correlation" if other is broken else "shuffled_correlation"
-        for at_equal in (False, True):
+        for where, suffix, label in (
+            ("pixels", "", title),
+            ("at equal", "_at_equal", "   at equal radius and |x - blank sky|"),
+            ("galaxies", "_galaxies", "   over galaxies alone, one value each"),
+        ):
             medians = {
                 name: median_of(
-                    [correlation(c, c.maps[name], f[name], at_equal) for c, f in zip(cases, found, strict=True)]
+                    [correlation(c, c.maps[name], f[name], where) for c, f in zip(cases, found, strict=True)]
                 )
                 for name in names
             }
-            out[key + "_at_equal" * at_equal] = medians[DEFAULT_METHOD][0]
-            out[f"{key}{'_at_equal' * at_equal}_by_method"] = {name: value for name, (value, _) in medians.items()}
-            shown = "   at equal radius and |x - blank sky|" if at_equal else title
-            print(f"{shown:<38} " + " ".join(f"{show(*medians[name]):>22}" for name in names))
+            out[key + suffix] = medians[DEFAULT_METHOD][0]
+            out[f"{key}{suffix}_by_method"] = {name: value for name, (value, _) in medians.items()}
+            print(f"{label:<38} " + " ".join(f"{show(*medians[name]):>22}" for name in names))
     medians = {name: median_of([correlation(c, c.maps[name], c.maps["input"]) for c in cases]) for name in names}
     out["input_only_correlation"] = medians[DEFAULT_METHOD][0]
     print(f"{'the image alone, |x - blank sky|':<38} " + " ".join(f"{show(*medians[name]):>22}" for name in names))

@@ -14,6 +14,7 @@ from _run_folder import N, make_run, write_map
 from astropy.table import QTable
 
 from pix2mass.report import METHODS, ClusterMap, OutOfFold, confusion_figure, overview_figure, write_report
+from pix2mass.report.cluster_map import for_display
 from pix2mass.run import RunFolder
 from pix2mass.types import Pix2massError
 
@@ -260,3 +261,15 @@ def test_overview_and_confusion_figures(mock_run, tmp_path):
         confusion_figure(np.eye(3, dtype=int), "ugriz", tmp_path / "confusion.png")
     with pytest.raises(Pix2massError, match=r"no predictions\.ecsv"):
         overview_figure(RunFolder(tmp_path / "empty"), tmp_path / "overview.png")
+
+
+def test_maps_with_values_at_few_pixels_are_smoothed_for_the_eye_and_others_are_not():
+    sparse = np.zeros((128, 128))
+    sparse[60, 40], sparse[60, 80] = 2.0, -1.0
+    shown, smoothed = for_display(sparse)
+    assert smoothed and shown.sum() == pytest.approx(1.0)
+    assert shown[60, 42] > 0 > shown[60, 82] and np.abs(shown[:30]).max() < 1e-6
+    dense = np.random.default_rng(1).standard_normal((128, 128))
+    dense[0, 0] = np.nan
+    np.testing.assert_array_equal(for_display(dense)[0], dense)
+    assert np.isnan(for_display(dense, smoothing_px=0.8)[0][0, 0])

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+from scipy.ndimage import gaussian_filter
 
 from pix2mass.cosmology import kpc_per_arcsec, r500c_kpc
 from pix2mass.report.drawing import composite, data_uri
@@ -21,6 +22,8 @@ from pix2mass.types import Pix2massError
 
 _MAP_NUMBERS = ("pixel_scale_arcsec", "z", "ra_deg", "dec_deg", "log10_m500c", "log10_m500c_err")
 _MAP_IMAGES = ("flux", "integrated_gradients", "cam", "joint")
+_SPARSE, _SPARSE_SMOOTHING = 0.2, 0.006
+"""Share of pixels with a value below which a map is smoothed before it is drawn; by how much, over its width."""
 
 
 @dataclass
@@ -159,14 +162,31 @@ def draw_composite(ax: Axes, one: ClusterMap) -> None:
     show(ax, one, composite(one.flux, one.mask, one.bands)[0])
 
 
+def for_display(values: np.ndarray, smoothing_px: float = 0.0) -> tuple[np.ndarray, bool]:
+    """A map (h, w) as it can be seen: smoothed if it has values at few pixels, as of a network that looks at sources.
+
+    Args:
+        values: the map, NaN where there are no pixels.
+        smoothing_px: standard deviation by which any map is smoothed.
+
+    Returns:
+        The map, with the same sum but for the edges, and whether it was taken for sparse.
+    """
+    sparse = bool(np.count_nonzero(np.nan_to_num(values)) < _SPARSE * values.size)
+    sigma = max(smoothing_px, _SPARSE_SMOOTHING * values.shape[1]) if sparse else smoothing_px
+    return np.where(np.isfinite(values), gaussian_filter(np.nan_to_num(values), sigma), np.nan), sparse
+
+
 def draw_signed(ax: Axes, one: ClusterMap, values: np.ndarray, unit: str, contours: bool = False) -> None:
     """A map of values (h, w) of both signs with its colour bar; with the contours of the light if asked for."""
-    values = np.where(one.mask.all(axis=0), np.nan, values)
+    values, sparse = for_display(np.where(one.mask.all(axis=0), np.nan, values))
     finite = values[np.isfinite(values)]
     limit = float(np.percentile(np.abs(finite), 99.7)) if finite.size else 0.0
     limit = limit or 1.0
+    power = math.floor(math.log10(limit)) if limit < 0.01 else 0
     ax.set_facecolor("0.8")  # shows where there are no pixels
-    shown = show(ax, one, values, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    limit /= 10.0**power
+    shown = show(ax, one, values / 10.0**power, cmap="RdBu_r", vmin=-limit, vmax=limit)
     if contours:
         usable = ~one.mask
         light = np.where(usable, np.nan_to_num(one.flux), 0.0).sum(axis=0)
@@ -177,9 +197,10 @@ def draw_signed(ax: Axes, one: ClusterMap, values: np.ndarray, unit: str, contou
         x = a - (np.arange(light.shape[1]) + 0.5) * scale
         y = -b + (np.arange(light.shape[0]) + 0.5) * scale
         if light.max() > levels[0]:
-            ax.contour(x, y, light, [level for level in levels if level < light.max()], colors="0.25", linewidths=0.6)
-    bar = ax.figure.colorbar(shown, ax=ax, orientation="horizontal", fraction=0.05, pad=0.03, label=unit)
-    bar.formatter.set_powerlimits((-2, 3))  # type: ignore[attr-defined]
+            seen = [level for level in levels if level < light.max()]
+            ax.contour(x, y, light, seen, colors="0.45", linewidths=0.3 if sparse else 0.6)
+    bar = ax.figure.colorbar(shown, ax=ax, orientation="horizontal", fraction=0.05, pad=0.03)
+    bar.set_label((f"$10^{{{power}}}$ " if power else "") + unit + (", smoothed" if sparse else ""), fontsize=8)
     bar.ax.tick_params(labelsize=8)
     bar.locator = MaxNLocator(5)  # type: ignore[attr-defined]
     bar.update_ticks()

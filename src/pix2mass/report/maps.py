@@ -11,9 +11,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.ndimage import gaussian_filter
 
-from pix2mass.report.cluster_map import ClusterMap, draw_composite, draw_signed, show
+from pix2mass.report.cluster_map import ClusterMap, draw_composite, draw_signed, for_display, show
 from pix2mass.report.drawing import BLUE, MASS_LABEL, STYLE, VERMILION
 from pix2mass.types import Pix2massError
 
@@ -134,12 +133,12 @@ def _draw_band(ax: Axes, one: ClusterMap, index: int) -> None:
 
 
 def _contour(ax: Axes, one: ClusterMap, values: np.ndarray, up: str, down: str | None = None) -> list[str]:
-    """Contours of a map, smoothed by a pixel, of its positive part and, if it has a colour, of the negative one.
+    """Contours of a smoothed map: of its positive part and, if it has a colour, of the negative one.
 
     Returns:
         The levels as text.
     """
-    smooth = gaussian_filter(np.nan_to_num(values), 0.8)
+    smooth = np.nan_to_num(for_display(values, 0.8)[0])
     scale = one.pixel_scale_arcsec
     x = one.half_width_arcsec - (np.arange(values.shape[1]) + 0.5) * scale
     y = -one.half_height_arcsec + (np.arange(values.shape[0]) + 0.5) * scale
