@@ -25,7 +25,7 @@ import numpy as np
 from astropy.table import QTable, vstack
 
 from pix2mass.catalog import read_catalog, write_catalog
-from pix2mass.config import GridConfig, MockConfig, RunConfig, load_toml
+from pix2mass.config import GridConfig, MockConfig, RunConfig, TrainConfig, load_toml
 from pix2mass.distribute import open_workers
 from pix2mass.evaluate import baselines, paired_difference, scores
 from pix2mass.images.mock.population import draw_clusters
@@ -105,6 +105,21 @@ def run_recipe(name: str, surveys: Surveys) -> tuple[RunFolder, RunConfig, float
         train = train.model_copy(update={"start_from": source.path})
     n = surveys.sizes["sim" if sky(config).configuration == "sim" else "labelled"]
     folder = RunFolder(surveys.cache / f"run-{name}-{n}")
+    # A finished recipe needs its images no more: they may be removed, 20 GB of them.
+    key = digest(config.model_dump(mode="json"), surveys.sizes["unlabelled"] if train.network == "bands" else 0)
+    if not folder.is_done("recipe", key, folder / "model.json"):
+        with folder.stage("recipe", key):
+            _train_recipe(name, config, train, folder, n, surveys)
+    return (
+        folder,
+        config,
+        seconds + sum(folder.stages[k]["seconds"] for k in ("pretrain", "train") if k in folder.stages),
+    )
+
+
+def _train_recipe(
+    name: str, config: RunConfig, train: TrainConfig, folder: RunFolder, n: int, surveys: Surveys
+) -> None:
     catalog, store = surveys(sky(config), config.grid, "labelled", n, config.seed)
     assert config.mock is not None
     if config.mock.label_scatter_dex == 0:
@@ -114,11 +129,6 @@ def run_recipe(name: str, surveys: Surveys) -> tuple[RunFolder, RunConfig, float
         with reporter(f"{name}: pretraining") as progress:
             pretrain(unlabelled, folder, config.pretrain, config.seed, None, progress)
     train_run(folder, store, catalog, train, config.seed, reporter)
-    return (
-        folder,
-        config,
-        seconds + sum(folder.stages[k]["seconds"] for k in ("pretrain", "train") if k in folder.stages),
-    )
 
 
 def tested(name: str, surveys: Surveys) -> dict[str, Any]:
