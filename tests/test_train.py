@@ -18,8 +18,6 @@ from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore, build
 from pix2mass.train import (
     RichnessBlend,
-    _EpochSampler,
-    _is_whole,
     band_confusion,
     leave_one_group_out,
     load_encoder,
@@ -27,6 +25,7 @@ from pix2mass.train import (
     shared_positions,
     train,
 )
+from pix2mass.train.fit import EpochSampler, is_whole
 from pix2mass.types import Pix2massError
 
 GRID = GridConfig(bands="gri", n_pixels=16)
@@ -298,13 +297,13 @@ def test_confusion_counts_every_image(toy, pretrained):
 
 
 def test_epochs_shuffle_differently_but_reproducibly():
-    sampler = _EpochSampler(50, seed=3)
+    sampler = EpochSampler(50, seed=3)
     first = list(sampler)
     sampler.set_epoch(1)
     second = list(sampler)
     assert sorted(i for _, i in first) == list(range(50)) == sorted(i for _, i in second)
     assert [i for _, i in first] != [i for _, i in second] and {epoch for epoch, _ in second} == {1}
-    assert list(_EpochSampler(50, seed=3)) == first
+    assert list(EpochSampler(50, seed=3)) == first
 
 
 def test_store_type_is_what_the_package_exports():
@@ -317,10 +316,10 @@ def test_store_type_is_what_the_package_exports():
 def test_a_checkpoint_cut_off_by_a_kill_is_not_trusted(tmp_path, content):
     path = tmp_path / "last.ckpt"
     torch.save({"a": torch.zeros(100)}, path)
-    assert _is_whole(path)
+    assert is_whole(path)
     path.write_bytes(path.read_bytes()[:300] if content is None else content)
-    assert not _is_whole(path)
-    assert not _is_whole(tmp_path / "none.ckpt")
+    assert not is_whole(path)
+    assert not is_whole(tmp_path / "none.ckpt")
 
 
 # ---- other tasks, other networks -----------------------------------------------------------------------------------

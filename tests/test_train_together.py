@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pix2mass.config import OptimConfig
-from pix2mass.train import _fit, _loader
+from pix2mass.train.fit import fit, loader
 
 
 def curve(folder: Path, config: OptimConfig) -> tuple[np.ndarray, dict[str, Tensor]]:
@@ -36,9 +36,9 @@ def curve(folder: Path, config: OptimConfig) -> tuple[np.ndarray, dict[str, Tens
                 file.write(f"{os.getpid()} {loss.item()}\n")
         return loss, len(batch["target"])
 
-    train = _loader(40, read, config.batch_size, 7, config.processes)
-    validation = _loader(8, lambda epoch, rows: read(epoch, rows + 40), 8, None)
-    _fit(network, step, train, validation, config, 3, 7, folder / "checkpoints", None)
+    train = loader(40, read, config.batch_size, 7, config.processes)
+    validation = loader(8, lambda epoch, rows: read(epoch, rows + 40), 8, None)
+    fit(network, step, train, validation, config, 3, 7, folder / "checkpoints", None)
     lines = [path.read_text().split() for path in sorted(folder.glob("losses-*"))]
     assert len(lines) == config.processes == len({line[0] for line in lines})
     return np.mean([np.array(line[1::2], float) for line in lines], axis=0), network.state_dict()
@@ -66,7 +66,7 @@ def test_settings_reach_the_trainer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lightning, "Trainer", trainer)
     config = OptimConfig(devices=2, num_nodes=3, precision="bf16-mixed", accelerator="cpu")
-    loader = _loader(4, lambda epoch, rows: {}, 2, 1)
+    batches = loader(4, lambda epoch, rows: {}, 2, 1)
     with pytest.raises(KeyboardInterrupt):
-        _fit(nn.Linear(1, 1), lambda batch: (torch.zeros(()), 1), loader, loader, config, 1, 1, tmp_path, None)
+        fit(nn.Linear(1, 1), lambda batch: (torch.zeros(()), 1), batches, batches, config, 1, 1, tmp_path, None)
     assert (seen["devices"], seen["num_nodes"], seen["precision"]) == (2, 3, "bf16-mixed")
