@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -337,7 +336,9 @@ class Tally:
             light, radius = np.digitize(case.light, LIGHT_EDGES), np.digitize(case.radius, RADIUS_EDGES)
             cell = light * (len(RADIUS_EDGES) + 1) + radius
             size = (len(LIGHT_EDGES) + 1) * (len(RADIUS_EDGES) + 1)
-            members = sum(case.truth[name] for name in GALAXIES) / np.maximum(case.light, 1e-30)
+            # Far from all sources the drawn light may be less than nothing by a rounding error.
+            lit = np.maximum(case.light, FAINTEST_SIGMA)
+            members = np.clip(sum(case.truth[name] for name in GALAXIES), 0, lit) / lit
             rows.append(
                 {
                     name: np.array(
@@ -437,7 +438,8 @@ def by_class(cases: list[Case], method: str) -> dict[str, tuple[np.ndarray, np.n
         values, light = case.maps[method], case.light
         sky = light <= FAINTEST_SIGMA
         for name in shares:
-            weight = sky.astype(float) if name == "sky" else np.where(sky, 0.0, case.truth[name] / light)
+            lit = np.where(sky, np.inf, light)
+            weight = sky.astype(float) if name == "sky" else case.truth[name] / lit
             shares[name].append(
                 [
                     (values * weight).sum() / values.sum(),
@@ -476,8 +478,8 @@ def open_mock(folder: RunFolder) -> tuple[ImageStore, ImageStore, QTable, MockSo
 
 
 def speed(predictor: Predictor, store: ImageStore, rows: np.ndarray) -> tuple[float, float]:
-    """Seconds per cluster for the default maps of the mass, and MB by which the peak memory grows after the first
-    fifth of the clusters."""
+    """Seconds per cluster for the default maps of the mass, and MB by which memory grows after the first fifth of the
+    clusters, without the pages of the store that the system maps in."""
     seconds, memory = [], []
     for row in rows:
         flux, mask = store.batch([row])
@@ -486,7 +488,8 @@ def speed(predictor: Predictor, store: ImageStore, rows: np.ndarray) -> tuple[fl
         images, valid = prepare(torch.from_numpy(flux), torch.from_numpy(mask), noise)
         mass_maps(predictor, images, valid, noise, z, blank_sky(store, int(row), SEED), STEPS)
         seconds.append(time.perf_counter() - start)
-        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        status = Path("/proc/self/status").read_text()
+        memory.append(sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) / 1024)
     return float(np.median(seconds)), memory[-1] - memory[len(memory) // 5]
 
 

@@ -52,6 +52,8 @@ def usable_share(mask: Tensor, noise: Tensor) -> Tensor:
 
 def dihedral(images: Tensor, view: int) -> Tensor:
     """One of the 8 rotations and reflections of a square, over the last two axes; view 0 is the image itself."""
+    if view == 0:
+        return images
     turned = torch.rot90(images, view % 4, dims=(-2, -1))
     return turned.flip(-1) if view >= 4 else turned
 

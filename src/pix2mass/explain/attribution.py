@@ -212,7 +212,8 @@ def _attribute(
             draws = np.arange(number, len(blank), len(views))
             share = len(draws) / len(blank) / len(networks)
             mine = np.flatnonzero(draw_of_step % len(views) == number)
-            along = _path_gradients(network, images, further, blank[draw_of_step[mine]], (mine + 0.5) / n_gradients)
+            places = (mine + 0.5) / n_gradients
+            along = _path_gradients(network, images, further, blank, draw_of_step[mine], places)
             add("integrated_gradients", along, 1.0 / n_gradients / len(networks))
             sky, sky_further = blank[draws].flatten(0, 1), _repeat(further, len(draws))
             activations = LayerActivation(network.value, network.layer)
@@ -237,7 +238,12 @@ def _attribute(
 
 
 def _path_gradients(
-    network: Network, images: Tensor, further: tuple[Tensor, ...], blank: Tensor, places: np.ndarray
+    network: Network,
+    images: Tensor,
+    further: tuple[Tensor, ...],
+    blank: Tensor,
+    draw_of_step: np.ndarray,
+    places: np.ndarray,
 ) -> Tensor:
     """Sum over steps of gradient times (image minus blank sky), a few steps at a time.
 
@@ -245,14 +251,15 @@ def _path_gradients(
         network: the network.
         images: (n, channels, h, w).
         further: as for :func:`_attribute`.
-        blank: (n_steps, n, channels, h, w) where the path of each step starts.
+        blank: (n_draws, n, channels, h, w) blank skies.
+        draw_of_step: (n_steps,) on which of them the path of each step starts.
         places: (n_steps,) where on its path each step lies, from 0 at blank sky to 1 at the image.
     """
     images, saliency = images.detach(), Saliency(network.value)
     at_once = max(1, _BATCH // len(images))
     total = torch.zeros_like(images)
     for start in range(0, len(places), at_once):
-        difference = images - blank[start : start + at_once]
+        difference = images - blank[draw_of_step[start : start + at_once]]
         place = torch.tensor(places[start : start + at_once], dtype=images.dtype)[:, None, None, None, None]
         points = (images - (1.0 - place) * difference).flatten(0, 1).requires_grad_()
         gradient = saliency.attribute(points, abs=False, additional_forward_args=_repeat(further, len(difference)))
