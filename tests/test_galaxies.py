@@ -217,3 +217,27 @@ def test_the_same_seed_gives_the_same_network(monkeypatch):
         networks[-1].fit(seen, z, mass, torch.full((20,), 0.1), seed=4)
     for first, second in zip(*(network.state_dict().values() for network in networks), strict=True):
         torch.testing.assert_close(first, second, atol=0, rtol=0)
+
+
+def test_tuning_corrects_masses_by_a_quadratic_and_keeps_the_weights():
+    network, rng = trained(), np.random.default_rng(3)
+    z = torch.tensor(rng.uniform(0.15, 0.35, 60), dtype=torch.float32)
+    pictures = [
+        picture(float(redshift), float(size)) for redshift, size in zip(z, rng.uniform(0.3, 2.0, 60), strict=True)
+    ]
+    parts = [
+        network.described(light_of(network, flux, noise, z[k : k + 1]), torch.ones(1, 32, 32), z[k : k + 1])
+        for k, (flux, noise) in enumerate(pictures)
+    ]
+    described = Described.joined(parts, [1] * 60)
+    weights = [parameter.clone() for parameter in network.parameters()]
+    with torch.no_grad():
+        before = network.from_described(described, z)[0]
+    u, v = before - 14.5, z - 0.3
+    label = before + 0.2 - 0.1 * u + 0.5 * v + 0.3 * u * v + 0.1 * u**2
+    for _ in range(2):  # the second time starts anew, it does not add
+        network.fit(described, z, label, torch.full((60,), 0.001), seed=1, tune=True)
+    with torch.no_grad():
+        missed = (network.from_described(described, z)[0] - label).abs()
+    assert (before - label).abs().mean() > 0.1 and missed.mean() < 0.01
+    assert all(torch.equal(old, new) for old, new in zip(weights, network.parameters(), strict=True))

@@ -514,7 +514,8 @@ class TrainConfig(OptimConfig):
     start_from alone have a say."""
     start_from: Path | None = None
     """Run folder whose first network 2 the training starts from, scaler included: fine-tuning, say after training on
-    mock clusters. Give a lower learning rate, where there is one."""
+    mock clusters. A network of bands goes on learning (give a lower learning rate); of one of galaxies the masses are
+    corrected, the weights stay."""
     freeze_encoder: bool = True
     """Keep the features as they are and train the rest: of network 1 as pretrained (the paper's recipe), or of the
     network of start_from. They are computed once."""
