@@ -396,6 +396,7 @@ def evaluate_run(folder: RunFolder, store: ImageStore, seed: int, reporter: Repo
     folds = QTable.read(_need(folder, "folds.ecsv"), format="ascii.ecsv")
     out_of_fold = QTable.read(_need(folder, "train-out-of-fold.ecsv"), format="ascii.ecsv")
     config = folder.read_config("train", TrainConfig)
+    store = store.with_bands(folder.read_json("model.json")["bands"])
     null = catalog.copy()
     order = np.random.default_rng([seed, 1234]).permutation(len(null))
     for name in ("log10_m500c", "log10_m500c_err"):
