@@ -221,7 +221,7 @@ def _fit_on_single_bands(
 
     def reader(rows: np.ndarray) -> Callable[[int, np.ndarray], dict[str, Any]]:
         def read(epoch: int, indices: np.ndarray) -> dict[str, Any]:
-            rng = np.random.default_rng([seed, epoch + 1, int(indices[0])])
+            rng = np.random.default_rng([seed, max(epoch, 0), int(indices[0])])
             images, answer = batch(*_single_band_images(store, rows[indices]), rng, epoch >= 0)
             return {"images": images, "answer": answer}
 
