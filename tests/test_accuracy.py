@@ -11,6 +11,7 @@ from _toy import ToySource, toy_catalog
 
 from pix2mass import pipeline
 from pix2mass.config import GridConfig, RunConfig, TrainConfig, load_toml
+from pix2mass.predict import Predictor
 from pix2mass.run import RunFolder
 from pix2mass.store import build
 
@@ -51,8 +52,9 @@ def test_the_curve_of_a_run(tmp_path, monkeypatch):
     catalog = toy_catalog(120, 5)
     store = build(catalog, ToySource(grid), tmp_path / "toy.zarr", grid)
     folder = RunFolder(tmp_path / "run")
-    pipeline.train_run(folder, store, catalog, TrainConfig(network="galaxies", folds=3), 1, quiet)
+    pipeline.train_run(folder, store.with_bands("gi"), catalog, TrainConfig(network="galaxies", folds=3), 1, quiet)
     found = pipeline.learning_curve(folder, store, 1, quiet)
+    assert Predictor(folder / "learning-curve" / "labels-30").grid.bands == "gi", "the run's bands, not the store's"
     assert [point["n"] for point in found["labels"]] == [30, 60, 120] and found["unlabelled"] == []
     assert found["labels"][-1]["mae_dex"] < found["labels"][0]["mae_dex"]
     assert found["fit"]["labels"]["slope"] < 0

@@ -524,7 +524,7 @@ def learning_curve(
 
     Args:
         folder: a trained run; gets ``learning_curve.json`` and, in ``learning-curve/``, a run per point.
-        store: images of its labelled clusters.
+        store: images of its labelled clusters, with the run's bands or more.
         seed: of the choice of clusters and of the trainings.
         reporter: shows progress.
         unlabelled: images that network 1 was trained on; None leaves that curve out.
@@ -536,6 +536,8 @@ def learning_curve(
         ``intercept`` of log10 MAE against log10 n.
     """
     config, catalog = folder.read_config("train", TrainConfig), read_catalog(_need(folder, "catalog.ecsv"))
+    bands = folder.read_json("model.json")["bands"]
+    store, unlabelled = store.with_bands(bands), unlabelled and unlabelled.with_bands(bands)
     order = np.random.default_rng([seed, 4321]).permutation(len(catalog))
 
     def point(name: str, n: int, encoder: RunFolder, rows: np.ndarray) -> dict[str, Any]:

@@ -203,5 +203,6 @@ def split(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_tensors(store: ImageStore, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Flux and mask (n, n_bands, h, w) and noise (n, n_bands) of some rows, as ``model.prepare`` takes them."""
     flux, mask = store.batch(rows)
     return torch.from_numpy(flux), torch.from_numpy(mask), torch.from_numpy(store.noise[rows])
