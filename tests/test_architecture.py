@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "pix2mass"
 
 _GROUND = {"types", "config", "cosmology"}
-_NETWORKS = _GROUND | {"run", "store", "distribute", "galaxies", "model", "calibrate", "trust"}
+_NETWORKS = _GROUND | {"run", "store", "distribute", "stretch", "galaxies", "model", "calibrate", "trust"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "cosmology": set(),
@@ -20,8 +20,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {"types", "config", "cosmology"},
     "catalog": _GROUND,
     "images": _GROUND | {"distribute"},
-    "galaxies": _GROUND,
-    "model": _GROUND | {"galaxies"},
+    "stretch": set(),
+    "galaxies": _GROUND | {"stretch"},
+    "model": _GROUND | {"stretch", "galaxies"},
     "richness": _GROUND,
     "calibrate": {"types"},
     "trust": set(),
@@ -39,7 +40,7 @@ _ALL = set(MAY_IMPORT)
 MAY_IMPORT |= {"pipeline": _ALL, "cli": _ALL | {"pipeline"}, "__main__": {"cli"}, "__init__": _ALL}
 
 MAY_BE_IMPORTED_BY: dict[str, set[str]] = {
-    "torch": {"galaxies", "model", "train", "predict", "explain", "images/mock/render"},
+    "torch": {"stretch", "galaxies", "model", "trust", "train", "predict", "explain", "images/mock/render"},
     "lightning": {"train"},
     "timm": {"model"},
     "captum": {"explain"},

@@ -13,13 +13,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pix2mass.config import GridConfig
 from pix2mass.galaxies import GalaxyRegressor
+from pix2mass.stretch import asinh
 from pix2mass.types import Pix2massError
 
 RADIAL_EDGES = (0.06, 0.15, 0.35, 0.75)
@@ -40,14 +40,17 @@ def prepare(flux: Tensor, mask: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         asinh(flux / noise), 0 where unusable, same shape as flux; and the share of bands usable per pixel, (n, h, w).
     """
-    usable = ~mask & torch.isfinite(noise)[..., None, None]
-    scaled = torch.asinh(flux / noise[..., None, None])
-    return torch.where(usable, scaled, torch.zeros_like(scaled)), usable_share(mask, noise)
+    images = asinh(flux / noise[..., None, None]).masked_fill_(_unusable(mask, noise), 0.0)
+    return images, usable_share(mask, noise)
 
 
 def usable_share(mask: Tensor, noise: Tensor) -> Tensor:
     """Share of bands usable at each pixel, (n, h, w), 0 to 1; arguments as :func:`prepare`."""
-    return (~mask & torch.isfinite(noise)[..., None, None]).float().mean(dim=1)
+    return 1.0 - _unusable(mask, noise).sum(dim=1, dtype=torch.uint8) / mask.shape[1]
+
+
+def _unusable(mask: Tensor, noise: Tensor) -> Tensor:
+    return mask | ~torch.isfinite(noise)[..., None, None]
 
 
 def dihedral(images: Tensor, view: int) -> Tensor:
@@ -123,6 +126,8 @@ class Encoder(nn.Module):
             self.backbone, self.channels, self.strides = _own_backbone(name)
             self.taps = nn.ModuleList([nn.Identity() for _ in self.channels])
             return
+        import timm  # takes seconds, for which the others need not wait
+
         try:
             self.backbone = timm.create_model(name, in_chans=1, features_only=True, out_indices=(0, 1))
         except (RuntimeError, AssertionError, AttributeError, TypeError) as error:

@@ -36,8 +36,9 @@ PRIORS: dict[str, tuple[str, LogDensity | None]] = {
     ),
 }
 """Name -> what it is, and its logarithm where it takes the place of the training labels' distribution."""
-_BATCH = 64
-_BATCHES_PER_TASK = 8
+_BATCH = 8
+"""Clusters at a time: so few that their pixels stay near the processor."""
+_BATCHES_PER_TASK = 16
 _SCALE_TOLERANCE = 0.02
 _LEAST_VARIANCE = 0.25
 
@@ -280,52 +281,46 @@ def _estimate_batches(site: _Site, batches: list[range]) -> Iterator[_Batch]:
     store, predictor, choices = site.store, site.predictor, site.choices
     for rows in batches:
         chosen = np.asarray(rows)
-        flux, mask = store.batch(chosen)
-        noise, z = store.noise[chosen], store.z[chosen]
+        flux, mask = map(torch.from_numpy, store.batch(chosen))
+        noise, z = torch.from_numpy(store.noise[chosen]), store.z[chosen]
+        images, valid = prepare(flux, mask, noise)
         columns = {name: np.full(len(rows), np.nan) for name in ("log10_m500c", "log10_m500c_err", *QUANTILES)}
-        usable = np.isfinite(noise).any(axis=1)
+        training_mass = np.full(len(rows), np.nan)
+        usable = np.isfinite(store.noise[chosen]).any(axis=1)
         if usable.any():
-            found = _posterior(
-                predictor,
-                torch.from_numpy(flux[usable]),
-                torch.from_numpy(mask[usable]),
-                torch.from_numpy(noise[usable]),
-                np.nan_to_num(z[usable]),
-                choices.z_err[chosen[usable]],
+            some = torch.from_numpy(usable) if not usable.all() else slice(None)
+            redshift = np.nan_to_num(z[usable])
+            found = _posterior(predictor, images[some], valid[some], noise[some], redshift)
+            extra = _variance_of_redshift(
+                predictor, flux[some], mask[some], noise[some], redshift, choices.z_err[chosen[usable]]
             )
+            found = found.widened(extra)
             summary = predictor.summary(found, z[usable], choices.prior, choices.correct_shrinkage)
             for name, values in summary.items():
                 columns[name][usable] = values
-            training_mass = np.full(len(rows), np.nan)
             training_mass[usable] = found.centre
-        else:
-            training_mass = columns["log10_m500c"]
-        yield _Batch(rows, columns, _flags(site, chosen, flux, mask, training_mass))
+        yield _Batch(rows, columns, _flags(site, chosen, images, mask, noise, training_mass))
 
 
-def _posterior(
+def _posterior(predictor: Predictor, images: Tensor, valid: Tensor, noise: Tensor, z: np.ndarray) -> Posterior:
+    redshift = torch.tensor(z, dtype=torch.float32)
+    return predictor.posterior(predictor.regressors[0].rescale(images, noise, redshift), valid, redshift)
+
+
+def _variance_of_redshift(
     predictor: Predictor, flux: Tensor, mask: Tensor, noise: Tensor, z: np.ndarray, z_err: np.ndarray
-) -> Posterior:
-    """Posteriors, widened by what the errors of the redshifts do to the estimate."""
-
-    def of(flux: Tensor, mask: Tensor, noise: Tensor, z: np.ndarray) -> Posterior:
-        redshift = torch.tensor(z, dtype=torch.float32)
-        images, valid = prepare(flux, mask, noise)
-        return predictor.posterior(predictor.regressors[0].rescale(images, noise, redshift), valid, redshift)
-
-    found = of(flux, mask, noise, z)
-    uncertain = np.flatnonzero(z_err > 0)
+) -> np.ndarray:
+    """What the errors of the redshifts add to the variance of the estimates, (n,)."""
+    extra, uncertain = np.zeros(len(z)), np.flatnonzero(z_err > 0)
     if len(uncertain):
         ends = []
         for sign in (-1, 1):
             # Not below half the redshift: errors of photometric redshifts can be of its own size.
             other = np.maximum(z[uncertain] + sign * z_err[uncertain], z[uncertain] / 2)
             seen = as_seen_at(predictor.grid, flux[uncertain], mask[uncertain], noise[uncertain], z[uncertain], other)
-            ends.append(of(*seen, other).centre)
-        extra = np.zeros(len(z))
+            ends.append(_posterior(predictor, *prepare(*seen), seen[2], other).centre)
         extra[uncertain] = ((ends[1] - ends[0]) / 2) ** 2
-        found = found.widened(extra)
-    return found
+    return extra
 
 
 def as_seen_at(
@@ -356,21 +351,24 @@ def as_seen_at(
     return moved, hidden, noise * ratio[:, None]
 
 
-def _flags(site: _Site, chosen: np.ndarray, flux: np.ndarray, mask: np.ndarray, mass: np.ndarray) -> np.ndarray:
+def _flags(
+    site: _Site, chosen: np.ndarray, images: Tensor, mask: Tensor, noise: Tensor, mass: np.ndarray
+) -> np.ndarray:
     """Bits that say what is wrong with some images or their estimates; ``mass`` under the training prior."""
     predictor, store = site.predictor, site.store
     info, reference = predictor.info, predictor.reference
-    noise, z = store.noise[chosen], store.z[chosen]
-    unlike, glaring = reference.unlike(image_statistics(flux, mask, noise), z)
+    z = store.z[chosen]
+    unlike, glaring = reference.unlike(image_statistics(images, mask, noise), z)
     scale = store.pixel_scale_arcsec[chosen]
     if predictor.grid.width_kpc is not None:
         expected = predictor.grid.width_kpc / kpc_per_arcsec(np.where(z > 0, z, np.nan)) / predictor.grid.n_pixels
     else:
         expected = np.full(len(z), float(predictor.grid.width_arcsec or np.nan) / predictor.grid.n_pixels)
-    seen = np.isfinite(noise)
+    seen = np.isfinite(store.noise[chosen])
+    covered = 1.0 - mask.float().mean(dim=(1, 2, 3)).double().numpy()
     wrong = {
         Flag.REDSHIFT_EXTRAPOLATED: (z < info["z_range"][0]) | (z > info["z_range"][1]),
-        Flag.LOW_COVERAGE: 1.0 - mask.mean(axis=(1, 2, 3)) < info["min_coverage"],
+        Flag.LOW_COVERAGE: covered < info["min_coverage"],
         Flag.MISSING_BAND: seen.any(axis=1) & ~seen.all(axis=1),
         Flag.NO_ESTIMATE: ~np.isfinite(mass),
         Flag.OTHER_PIXEL_SCALE: np.abs(scale / expected - 1) > _SCALE_TOLERANCE,

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
+import torch
+from torch import Tensor
 
 _PER_BAND = 7
 _GLARE, _NOISE = 3, 6
@@ -20,13 +22,14 @@ _NOISE_MARGIN = 1.25
 _PARTS = 5
 _RIDGE = 1e-3
 _BRIGHT_QUANTILE = 0.98
+_LEAST_PIXELS = 16
 
 
-def image_statistics(flux: np.ndarray, mask: np.ndarray, noise: np.ndarray) -> np.ndarray:
+def image_statistics(images: Tensor, mask: Tensor, noise: Tensor) -> np.ndarray:
     """Statistics of the pixels in units of the noise, compressed: x = asinh(flux / noise); and of the noise.
 
     Args:
-        flux: (n, n_bands, h, w) nanomaggies per pixel.
+        images: (n, n_bands, h, w) x, 0 where unusable, as :func:`pix2mass.model.prepare` gives it.
         mask: (n, n_bands, h, w) bool, True = unusable.
         noise: (n, n_bands) nanomaggies, NaN for a band without usable pixels.
 
@@ -35,48 +38,49 @@ def image_statistics(flux: np.ndarray, mask: np.ndarray, noise: np.ndarray) -> n
         neighbouring pixels, centre minus outskirts, and ln noise; then the correlation of each band with the next. NaN
         where there is nothing to measure.
     """
-    n, n_bands, height, width = flux.shape
-    usable = ~mask & np.isfinite(noise)[..., None, None]
-    with np.errstate(all="ignore"):
-        x = np.where(usable, np.arcsinh(flux / noise[..., None, None]), np.nan).astype(np.float32)
-        pixels = x.reshape(n, n_bands, -1)
-        count = usable.sum(axis=(2, 3))
-        empty = count < 16
-        filled = np.where(usable, x, 0.0)
-        mean = filled.sum(axis=(2, 3)) / count
-        centred = np.where(usable, x - mean[..., None, None], 0.0)
-        variance = (centred**2).sum(axis=(2, 3)) / count
-        neighbours = (centred[..., 1:] * centred[..., :-1]).mean(axis=(2, 3)) + (
-            centred[..., 1:, :] * centred[..., :-1, :]
-        ).mean(axis=(2, 3))
-        share = count / (height * width)
-        y, across = np.mgrid[:height, :width]
-        radius = np.hypot((y + 0.5) / height * 2 - 1, (across + 0.5) / width * 2 - 1)
-        inner, outer = radius < 0.25, radius > 0.5
-        centre = filled[..., inner].sum(axis=-1) / usable[..., inner].sum(axis=-1)
-        outskirts = filled[..., outer].sum(axis=-1) / usable[..., outer].sum(axis=-1)
-        ordered = np.sort(pixels, axis=-1)  # NaN last
-        rows = np.arange(n)[:, None], np.arange(n_bands)[None, :]
-        faint, bright = (
-            ordered[(*rows, np.minimum((q * count).astype(int), np.maximum(count - 1, 0)))]
-            for q in (0.1, _BRIGHT_QUANTILE)
-        )
-        per_band = np.stack(
-            [
-                mean,
-                np.sqrt(variance),
-                faint,
-                bright,
-                neighbours / (2 * share * variance),
-                centre - outskirts,
-                np.log(noise),
-            ],
-            axis=-1,
-        )
-        per_band[empty] = np.nan
-        both = (centred[:, 1:] * centred[:, :-1]).mean(axis=(2, 3))
-        between = both / np.sqrt(variance[:, 1:] * variance[:, :-1] * share[:, 1:] * share[:, :-1])
-    return np.concatenate([per_band.reshape(n, -1), between], axis=1).astype(float)
+    n, n_bands, height, width = images.shape
+    usable = ~mask & torch.isfinite(noise)[..., None, None]
+    # Products with 0 and 1 are one pass over the pixels; choosing them takes several.
+    parts = torch.stack([torch.ones(height, width), *_centre_and_outskirts(height, width)]).flatten(1).T
+    count, *counts = (usable.flatten(2).float() @ parts).unbind(dim=-1)
+    total, *totals = (images.flatten(2) @ parts).unbind(dim=-1)
+    mean = total / count
+    centre, outskirts = (part / counted for part, counted in zip(totals, counts, strict=True))
+    centred = (images - mean.nan_to_num()[..., None, None]).mul_(usable)
+    variance = centred.square().sum(dim=(2, 3)) / count
+    neighbours = (centred[..., 1:] * centred[..., :-1]).mean(dim=(2, 3)) + (
+        centred[..., 1:, :] * centred[..., :-1, :]
+    ).mean(dim=(2, 3))
+    share = count / (height * width)
+    between = (centred[:, 1:] * centred[:, :-1]).mean(dim=(2, 3)) / torch.sqrt(
+        variance[:, 1:] * variance[:, :-1] * share[:, 1:] * share[:, :-1]
+    )
+    ordered = torch.from_numpy(np.sort(images.masked_fill(~usable, torch.inf).flatten(2).numpy(), axis=-1))
+    faint, bright = (
+        ordered.gather(2, torch.minimum((q * count).long(), (count - 1).clamp_min(0).long())[..., None])[..., 0]
+        for q in (0.1, _BRIGHT_QUANTILE)
+    )
+    per_band = torch.stack(
+        [
+            mean,
+            variance.sqrt(),
+            faint,
+            bright,
+            neighbours / (2 * share * variance),
+            centre - outskirts,
+            noise.to(images.dtype).log(),
+        ],
+        dim=-1,
+    )
+    per_band[count < _LEAST_PIXELS] = torch.nan
+    return torch.cat([per_band.flatten(1), between], dim=1).double().numpy()
+
+
+def _centre_and_outskirts(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """1 within a quarter of the half-width and 1 beyond its half, 0 elsewhere, (h, w) each."""
+    y, x = ((torch.arange(size) + 0.5) / size * 2 - 1 for size in (height, width))
+    radius = torch.hypot(y[:, None], x[None, :])
+    return (radius < 0.25).float(), (radius > 0.5).float()
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,16 @@ _CONNECT_SECONDS = 30
 # A terminal sends Ctrl-C to all processes; the one that started the others answers it, and stops them.
 _DEAF_TO_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 _ONE_AT_A_TIME = threading.Lock()
+_KEPT = str(2**30)
+_ENVIRONMENT = {
+    # More threads in each process would wait for one another.
+    "OMP_NUM_THREADS": "1",
+    # Memory up to this size stays with the process: arrays as large as the last ones come again, and handing pages back
+    # and forth takes a third of the time (of glibc; others do not read these).
+    "MALLOC_MMAP_THRESHOLD_": _KEPT,
+    "MALLOC_TRIM_THRESHOLD_": _KEPT,
+}
+"""Of the processes that are started here."""
 
 
 class _Shared(WorkerPlugin):
@@ -75,7 +85,7 @@ class Cluster:
             # Lost and restarted workers are part of the work here; what matters is raised.
             logging.getLogger("distributed").setLevel(logging.CRITICAL)
             if self._scheduler is None:
-                with _environment(OMP_NUM_THREADS="1"):  # more threads in each process would wait for one another
+                with _environment(**_ENVIRONMENT):
                     self._cluster = LocalCluster(
                         n_workers=self._n,
                         threads_per_worker=1,

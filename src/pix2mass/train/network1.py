@@ -24,6 +24,7 @@ from pix2mass.model import (
 )
 from pix2mass.run import RunFolder, digest
 from pix2mass.store import ImageStore
+from pix2mass.stretch import asinh, sinh
 from pix2mass.train.fit import PREDICT_BATCH, Progress, as_tensors, fit, loader, split
 from pix2mass.types import Pix2massError
 
@@ -190,10 +191,10 @@ def _another_view(images: Tensor, config: PretrainConfig, rng: np.random.Generat
     views = rng.integers(8, size=len(images))
     gain = np.exp(config.gain_jitter * rng.standard_normal(len(images))).astype(np.float32)
     images = torch.stack([dihedral(image, view) for image, view in zip(images, views, strict=True)])
-    light = torch.sinh(images) * torch.from_numpy(gain)[:, None, None, None]
+    light = sinh(images) * torch.from_numpy(gain)[:, None, None, None]
     if noise > 0:
         light = light + noise * torch.from_numpy(rng.standard_normal(light.shape, dtype=np.float32))
-    return torch.asinh(light)
+    return asinh(light)
 
 
 def _fit_on_single_bands(

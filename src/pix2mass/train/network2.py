@@ -168,11 +168,10 @@ def train(
 def _look(store: ImageStore, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Usable share of the pixels of each row (n,), and the statistics of its images (n, p)."""
     covered, statistics = [], []
-    for i in range(0, len(rows), 256):
-        part = rows[i : i + 256]
-        flux, mask = store.batch(part)
-        covered.append(1.0 - mask.mean(axis=(1, 2, 3)))
-        statistics.append(image_statistics(flux, mask, store.noise[part]))
+    for i in range(0, len(rows), PREDICT_BATCH):
+        flux, mask, noise = as_tensors(store, rows[i : i + PREDICT_BATCH])
+        covered.append(1.0 - mask.float().mean(dim=(1, 2, 3)).double().numpy())
+        statistics.append(image_statistics(prepare(flux, mask, noise)[0], mask, noise))
     return np.concatenate(covered), np.concatenate(statistics)
 
 
