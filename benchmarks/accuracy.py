@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from astropy.table import QTable, vstack
+from astropy.table import QTable
 
 from pix2mass.catalog import read_catalog, write_catalog
 from pix2mass.config import GridConfig, MockConfig, RunConfig, TrainConfig, load_toml
 from pix2mass.distribute import open_workers
-from pix2mass.evaluate import baselines, paired_difference, scores
+from pix2mass.evaluate import baselines, baselines_from, paired_difference, scores
 from pix2mass.images.mock.population import draw_clusters
 from pix2mass.images.mock.source import MockSource
 from pix2mass.pipeline import learning_curve, measure_richness, train_run
@@ -193,10 +193,7 @@ def score(name: str, found: dict[str, Any], part: str) -> dict[str, Any]:
     else:
         used, table = found["test"], found["predicted"]
         group = np.arange(len(used)) % len(np.unique(fold))
-        columns = ["z", "log10_m500c", "richness", "richness_true"]
-        both = vstack([labelled[columns], used[columns]], metadata_conflicts="silent")
-        last = np.arange(len(both)) >= len(labelled)
-        rivals = {method: values[last] for method, values in baselines(both, last.astype(int)).items()}
+        rivals = baselines_from(labelled, used)
     z, true, label = (np.asarray(used[column], float) for column in ("z", "log10_m500c_true", "log10_m500c"))
     mass = np.asarray(table["log10_m500c"], float)
     out: dict[str, Any] = {"part": part, "seconds": found["seconds"]}
@@ -317,7 +314,10 @@ def curve(surveys: Surveys) -> None:
     train_run(folder, store, catalog, config.train, config.seed, reporter)
     found = learning_curve(folder, store, config.seed, reporter, test=test)
     for row in found["labels"]:
-        print(f"{row['n']:>6} labels: {row['mae_dex']:.4f} +- {row['mae_err_dex']:.4f} dex")
+        print(
+            f"{row['n']:>6} labels: {row['mae_dex']:.4f} +- {row['mae_err_dex']:.4f} dex; richness with as many "
+            f"{row['richness_mae_dex']:.4f}"
+        )
     print(json.dumps({"learning_curve": found}))
 
 

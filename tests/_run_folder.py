@@ -75,7 +75,10 @@ def make_run(path: Path, mock: bool = True, ids: tuple[str, ...] | None = None) 
     )
     folder.write_provenance(seed=1, checksums={"labelled store": "4567ef"})
     (folder / "config.toml").write_text(f'name = "example"\n[{"mock" if mock else "data"}]\n')
-    curve = [{"n": n, "mae_dex": 0.3 * (n / 30) ** -0.25, "mae_err_dex": 0.01} for n in (30, 60, 120)]
+    curve = [
+        {"n": n, "mae_dex": 0.3 * (n / 30) ** -0.25, "mae_err_dex": 0.01, "richness_mae_dex": 0.2}
+        for n in (30, 60, 120)
+    ]
     fit = {"labels": {"slope": -0.25, "slope_err": 0.03, "intercept": -0.1536}}
     folder.write_json("learning_curve.json", {"labels": curve, "unlabelled": [], "fit": fit})
     with folder.stage("train", "key"):

@@ -50,6 +50,7 @@ def test_the_curve_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr("pix2mass.galaxies._STEPS", (200, 200))
     grid = GridConfig(bands="gri", n_pixels=16)
     catalog = toy_catalog(120, 5)
+    catalog["richness"] = 40 * 10 ** (np.asarray(catalog["log10_m500c"]) - 14.5)
     store = build(catalog, ToySource(grid), tmp_path / "toy.zarr", grid)
     folder = RunFolder(tmp_path / "run")
     pipeline.train_run(folder, store.with_bands("gi"), catalog, TrainConfig(network="galaxies", folds=3), 1, quiet)
@@ -58,4 +59,7 @@ def test_the_curve_of_a_run(tmp_path, monkeypatch):
     assert [point["n"] for point in found["labels"]] == [30, 60, 120] and found["unlabelled"] == []
     assert found["labels"][-1]["mae_dex"] < found["labels"][0]["mae_dex"]
     assert found["fit"]["labels"]["slope"] < 0
+    # This richness is the label, so its mass errs as the labels do.
+    scatter = np.abs(np.asarray(catalog["log10_m500c"]) - np.asarray(catalog["log10_m500c_true"])).mean()
+    assert found["labels"][-1]["richness_mae_dex"] == pytest.approx(scatter, rel=1e-3)
     assert folder.read_json("learning_curve.json") == found

@@ -81,28 +81,40 @@ def baselines(catalog: QTable, fold: np.ndarray) -> dict[str, np.ndarray]:
         relation with redshift), each (n,), NaN for clusters without a richness; without those whose input the
         catalogue lacks.
     """
-    z, label = np.asarray(catalog["z"], float), np.asarray(catalog["log10_m500c"], float)
-    out: dict[str, np.ndarray] = {"constant": np.empty(len(label))}
-    with_z = bool(np.isfinite(z).all())
-    if with_z:
-        out["redshift"] = np.empty(len(label))
+    parts = {k: baselines_from(catalog[fold != k], catalog[fold == k]) for k in np.unique(fold)}
+    names = [name for name in next(iter(parts.values())) if all(name in part for part in parts.values())]
+    out = {name: np.empty(len(catalog)) for name in names}
+    for k, part in parts.items():
+        for name in names:
+            out[name][fold == k] = part[name]
+    return out
+
+
+def baselines_from(labelled: QTable, others: QTable) -> dict[str, np.ndarray]:
+    """Estimates of the simple methods, fitted to all labels, for other clusters.
+
+    Args:
+        labelled: columns z, log10_m500c and, where known, richness and richness_true.
+        others: columns z and, where known, richness and richness_true.
+
+    Returns:
+        As :func:`baselines`, for ``others``.
+    """
+    label = np.asarray(labelled["log10_m500c"], float)
+    z, other_z = (np.asarray(table["z"], float) for table in (labelled, others))
+    out: dict[str, np.ndarray] = {"constant": np.full(len(others), label.mean())}
+    if not (np.isfinite(z).all() and np.isfinite(other_z).all()):
+        return out
+    out["redshift"] = np.polyval(np.polyfit(z, label, 2), other_z)
     for name in ("richness", "richness_true"):
-        if with_z and name in catalog.colnames:
-            known = np.isfinite(np.asarray(catalog[name], float))
-            if all(known[fold != k].sum() >= _MIN_RICHNESS for k in np.unique(fold)):
-                out[name] = np.full(len(label), np.nan)
-    for k in np.unique(fold):
-        train, test = fold != k, fold == k
-        for name, values in out.items():
-            if name == "constant":
-                values[test] = label[train].mean()
-            elif name == "redshift":
-                values[test] = np.polyval(np.polyfit(z[train], label[train], 2), z[test])
-            else:
-                richness = np.asarray(catalog[name], float)
-                train, test = train & np.isfinite(richness), test & np.isfinite(richness)
-                relation = richness_mass_fit(richness[train], z[train], label[train])
-                values[test] = relation.predict(richness[test], z[test])
+        if name not in labelled.colnames or name not in others.colnames:
+            continue
+        richness, other = (np.asarray(table[name], float) for table in (labelled, others))
+        train, test = np.isfinite(richness), np.isfinite(other)
+        if train.sum() >= _MIN_RICHNESS:
+            out[name] = np.full(len(others), np.nan)
+            relation = richness_mass_fit(richness[train], z[train], label[train])
+            out[name][test] = relation.predict(other[test], other_z[test])
     return out
 
 

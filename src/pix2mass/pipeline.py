@@ -17,7 +17,7 @@ from pix2mass.catalog import read_catalog, sky_folds, write_catalog
 from pix2mass.catalog.masses import MassDefinition, to_m500c
 from pix2mass.config import BaselineConfig, BuildConfig, GridConfig, MockConfig, PretrainConfig, RunConfig, TrainConfig
 from pix2mass.distribute import Workers
-from pix2mass.evaluate import evaluate
+from pix2mass.evaluate import baselines, baselines_from, evaluate
 from pix2mass.explain import explain
 from pix2mass.images.archive import Folder, Http, open_archive
 from pix2mass.images.cutouts import CutoutSource, write_cutout
@@ -532,8 +532,8 @@ def learning_curve(
 
     Returns:
         ``labels`` and ``unlabelled``, each a list of ``n``, ``mae_dex``, ``mae_err_dex`` (against the true mass where
-        it is known), and ``fit``, for each of the two with three points or more: ``slope``, ``slope_err`` and
-        ``intercept`` of log10 MAE against log10 n.
+        it is known) and, where the clusters have one, ``richness_mae_dex`` from as many labels; and ``fit``, for each
+        of the two with three points or more: ``slope``, ``slope_err`` and ``intercept`` of log10 MAE against log10 n.
     """
     config, catalog = folder.read_config("train", TrainConfig), read_catalog(_need(folder, "catalog.ecsv"))
     bands = folder.read_json("model.json")["bands"]
@@ -543,15 +543,21 @@ def learning_curve(
     def point(name: str, n: int, encoder: RunFolder, rows: np.ndarray) -> dict[str, Any]:
         smaller = _smaller_run(folder / "learning-curve" / name, encoder)
         train_run(smaller, store, catalog[np.sort(rows)], config, seed, reporter)
+        used = read_catalog(smaller / "catalog.ecsv")
         if test is None:
-            used = read_catalog(smaller / "catalog.ecsv")
             table = QTable.read(smaller / "train-out-of-fold.ecsv", format="ascii.ecsv")
+            rivals = baselines(used, np.asarray(QTable.read(smaller / "folds.ecsv", format="ascii.ecsv")["fold"]))
         else:
-            used, table = test[0], predict(smaller, test[1])
+            table, rivals = predict(smaller, test[1]), baselines_from(used, test[0])
+            used = test[0]
         column = "log10_m500c_true" if "log10_m500c_true" in used.colnames else "log10_m500c"
-        error = np.abs(np.asarray(table["log10_m500c"]) - np.asarray(used[column]))
+        true = np.asarray(used[column], float)
+        error = np.abs(np.asarray(table["log10_m500c"]) - true)
         error = error[np.isfinite(error)]
-        return {"n": n, "mae_dex": float(error.mean()), "mae_err_dex": float(error.std() / np.sqrt(len(error)))}
+        found = {"n": n, "mae_dex": float(error.mean()), "mae_err_dex": float(error.std() / np.sqrt(len(error)))}
+        if "richness" in rivals:
+            found["richness_mae_dex"] = float(np.nanmean(np.abs(rivals["richness"] - true)))
+        return found
 
     found: dict[str, Any] = {"labels": [], "unlabelled": [], "fit": {}}
     for n in _sizes(len(catalog), max(_LEAST_LABELS, 8 * config.folds)):

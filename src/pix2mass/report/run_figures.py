@@ -348,7 +348,10 @@ def _draw_learning(
         x = np.geomspace(n.min() / 1.25, n.max() * 1.25, 50)
         y = 10 ** (fit["intercept"] + fit["slope"] * np.log10(x))
         ax.plot(x, y, color=VERMILION, lw=1.4, label=f"fit: MAE ∝ n$^{{{_slope_text(fit)}}}$")
-    if richness_dex is not None:
+    richness = np.array([point.get("richness_mae_dex") or np.nan for point in points])
+    if np.isfinite(richness).any():
+        ax.plot(n, richness, color=ORANGE, lw=1.4, ls="--", marker="s", ms=4, label="richness and redshift")
+    elif richness_dex is not None:
         ax.axhline(richness_dex, color=ORANGE, lw=1.4, ls="--", label="richness and redshift, all labels")
     ax.errorbar(n, mae, yerr=error, fmt="o", color=BLUE, ms=5, elinewidth=1.3, label="network")
     ax.set_xlim(n.min() / 1.25, n.max() * 1.25)
@@ -374,7 +377,8 @@ def learning_pictures(curve: dict[str, Any], richness_dex: float | None) -> list
 
     Args:
         curve: learning_curve.json.
-        richness_dex: mean absolute error of richness and redshift, drawn beside; None if unknown.
+        richness_dex: mean absolute error of richness and redshift, drawn beside where the curve has none of its own;
+            None if unknown.
     """
     pictures = []
     for name, what in (("labels", "labels"), ("unlabelled", "unlabelled clusters")):
@@ -383,11 +387,13 @@ def learning_pictures(curve: dict[str, Any], richness_dex: float | None) -> list
             continue
         fit = (curve.get("fit") or {}).get(name) or {}
         text = ", ".join(f"{point['mae_dex']:.3f} with {point['n']:,.0f}" for point in points)
+        rival = ", ".join(f"{p['richness_mae_dex']:.3f}" for p in points if p.get("richness_mae_dex"))
+        beside = f" Richness and redshift, fitted to as many: {rival}." if rival else ""
         slope = f" Fitted power of the number: {_slope_text(fit)}." if "slope" in fit else ""
         pictures.append(
             {
                 "title": f"Error against the number of {what}",
-                "alt": f"Mean absolute error in dex against the number of {what}: {text}.{slope}",
+                "alt": f"Mean absolute error in dex against the number of {what}: {text}.{slope}{beside}",
                 "src": data_uri(
                     lambda ax, points=points, fit=fit, what=what: _draw_learning(ax, points, fit, what, richness_dex)
                 ),
