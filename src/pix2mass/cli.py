@@ -957,7 +957,7 @@ def _line_progress(label: str) -> Callable[..., None]:
         nonlocal start, shown, done_before
         now = time.monotonic()
         if done_before < 0:  # what was there before says nothing about the rate
-            done_before, start = (done, now) if done > 1 else (0, start)
+            done_before, start, shown = (done, now, now) if done > 1 else (0, start, shown)
         if now - shown >= 10 and done > done_before:
             shown = now
             rate = (done - done_before) / (now - start)

@@ -523,7 +523,7 @@ def learning_curve(
     """Error of a run's recipe when it is trained with fewer labels, and pretrained with fewer images.
 
     Args:
-        folder: a trained run; gets ``learning_curve.json`` and, in ``learning-curve/``, a run per point.
+        folder: a trained run; gets ``learning_curve.json`` and, in ``learning-curve/``, a run per smaller point.
         store: images of its labelled clusters, with the run's bands or more.
         seed: of the choice of clusters and of the trainings.
         reporter: shows progress.
@@ -541,12 +541,16 @@ def learning_curve(
     order = np.random.default_rng([seed, 4321]).permutation(len(catalog))
 
     def point(name: str, n: int, encoder: RunFolder, rows: np.ndarray) -> dict[str, Any]:
-        smaller = _smaller_run(folder / "learning-curve" / name, encoder)
-        train_run(smaller, store, catalog[np.sort(rows)], config, seed, reporter)
+        smaller = folder
+        if len(rows) < len(catalog) or encoder is not folder:
+            smaller = _smaller_run(folder / "learning-curve" / name, encoder)
+            train_run(smaller, store, catalog[np.sort(rows)], config, seed, reporter)
         used = read_catalog(smaller / "catalog.ecsv")
         if test is None:
             table = QTable.read(smaller / "train-out-of-fold.ecsv", format="ascii.ecsv")
-            rivals = baselines(used, np.asarray(QTable.read(smaller / "folds.ecsv", format="ascii.ecsv")["fold"]))
+            row_of = {str(cluster_id): row for row, cluster_id in enumerate(used["id"])}
+            used = used[[row_of[str(cluster_id)] for cluster_id in table["id"]]]  # those that have pixels
+            rivals = baselines(used, np.asarray(table["fold"]))
         else:
             table, rivals = predict(smaller, test[1]), baselines_from(used, test[0])
             used = test[0]
@@ -565,9 +569,11 @@ def learning_curve(
     if unlabelled is not None:
         pretraining = folder.read_config("pretrain", PretrainConfig)
         for n in _sizes(len(unlabelled), _LEAST_LABELS):
-            encoder = RunFolder(folder / "learning-curve" / f"encoder-{n}")
-            with reporter(f"pretraining on {n} images") as progress:
-                pretrain(unlabelled, encoder, pretraining.model_copy(update={"n_images": n}), seed, None, progress)
+            encoder = folder
+            if n != folder.read_json("pretrain.json")["n_images"]:
+                encoder = RunFolder(folder / "learning-curve" / f"encoder-{n}")
+                with reporter(f"pretraining on {n} images") as progress:
+                    pretrain(unlabelled, encoder, pretraining.model_copy(update={"n_images": n}), seed, None, progress)
             found["unlabelled"].append(point(f"unlabelled-{n}", n, encoder, order))
     for name in ("labels", "unlabelled"):
         if len(found[name]) >= 3:
