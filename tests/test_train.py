@@ -238,6 +238,12 @@ def test_an_encoder_that_cannot_take_the_images_is_refused(toy, tmp_path):
         pretrain(toy[1], RunFolder(tmp_path / "run"), config, 1)
 
 
+def test_from_scratch_needs_no_network_1(toy, tmp_path):
+    config = TRAIN.model_copy(update={"freeze_encoder": False, "from_scratch": True, "epochs": 1})
+    table = train(toy[1], toy[0], folds(90), RunFolder(tmp_path / "run"), config, 1)
+    assert np.isfinite(table["log10_m500c"]).all()
+
+
 def test_from_scratch_uses_no_pretrained_weights(pretrained, toy, tmp_path):
     catalog, store = toy
     config = TRAIN.model_copy(update={"freeze_encoder": False, "from_scratch": True, "epochs": 1})

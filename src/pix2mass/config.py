@@ -520,7 +520,8 @@ class TrainConfig(OptimConfig):
     """Keep the features as they are and train the rest: of network 1 as pretrained (the paper's recipe), or of the
     network of start_from. They are computed once."""
     from_scratch: bool = False
-    """Start from random encoder weights: what pretraining is worth. Needs freeze_encoder = false."""
+    """Start from random encoder weights, of the run's network 1 or, without one, of the small encoder: what pretraining
+    is worth. Needs freeze_encoder = false."""
     use_redshift: bool = True
     """Give network 2 the redshift."""
     epochs: int = Field(default=30, ge=1)

@@ -14,7 +14,7 @@ from astropy.table import QTable
 from torch import Tensor
 
 from pix2mass.calibrate import Shrinkage, TrainingPrior, cross_calibrate, fit_calibration
-from pix2mass.config import GridConfig, TrainConfig
+from pix2mass.config import GridConfig, PretrainConfig, TrainConfig
 from pix2mass.galaxies import Described, GalaxyRegressor
 from pix2mass.model import (
     MassRegressor,
@@ -215,6 +215,8 @@ class _Start:
             return cls(info, store.grid, weights, True, digest(_fingerprint(weights)))
         if config.network == "galaxies":
             return cls(info, store.grid, None, False, None)
+        if config.from_scratch and not (folder / "pretrain.json").exists():
+            return cls({**info, "encoder": PretrainConfig().encoder}, store.grid, None, False, None)
         pretrained = folder.read_json("pretrain.json")
         info["encoder"], key = pretrained["encoder"], folder.stages.get("pretrain", {}).get("key")
         if config.from_scratch:
