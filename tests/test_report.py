@@ -172,6 +172,17 @@ def test_a_run_without_calibration_and_learning_curve_says_so(mock_run, tmp_path
     assert f"The 68% interval holds {metrics['coverage_68']:.3f}" in words
 
 
+@pytest.mark.usefixtures("without_figures")
+def test_a_network_of_galaxies_is_not_asked_for_network_1(mock_run, tmp_path):
+    shutil.copytree(mock_run[0].path, tmp_path / "run")
+    folder = RunFolder.open(tmp_path / "run")
+    (folder / "pretrain.json").unlink()
+    folder.write_json("model.json", {**folder.read_json("model.json"), "network": "galaxies"})
+    words = Page(write_report(folder).read_text("utf-8")).words
+    assert "there is no network 1" in words and "are of the network fitted to all labels" in words
+    assert "pretrain.json" not in words and "band confusion" not in words and "Network 1 was" not in words
+
+
 def test_reproduction_is_on_the_page(mock_run):
     folder, words = mock_run[0], Page(mock_run[1]).words
     assert hashlib.sha256((folder / "predictions.ecsv").read_bytes()).hexdigest() in words

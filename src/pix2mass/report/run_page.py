@@ -69,8 +69,9 @@ def write_report(folder: RunFolder) -> Path:
     config_text, config = files.config()
     metrics = files.json("metrics.json", "no scores, baselines and bins are shown")
     out_of_fold = files.out_of_fold()
-    pretrain = files.json("pretrain.json", "nothing is said about network 1")
     model = files.json("model.json", "the prior and the range of the training are not shown")
+    has_network_1 = model.get("network", "bands") == "bands"
+    pretrain = files.json("pretrain.json", "nothing is said about network 1") if has_network_1 else {}
     provenance = files.json("provenance.json", "command, versions and seed are not shown")
     stages = files.json("stages.json", "times are not shown")
     curve = files.json("learning_curve.json", "") if (folder / "learning_curve.json").exists() else {}
@@ -110,7 +111,8 @@ def write_report(folder: RunFolder) -> Path:
         folds=_folds(out_of_fold) if out_of_fold else [],
         bins=[(title, found_bins[name]) for name, title in _BINS.items() if found_bins.get(name)],
         curve_figures=learning_pictures(curve, methods.get("richness", {}).get("mae_dex")),
-        band=_band_section({**pretrain, **metrics}, pretrain, files.missing),
+        has_network_1=has_network_1,
+        band=_band_section({**pretrain, **metrics}, pretrain, files.missing) if has_network_1 else None,
         gallery=_gallery(maps, anchors, out_of_fold),
         clusters=_cluster_rows(out_of_fold, anchors) if out_of_fold else [],
         n_clusters=len(out_of_fold) if out_of_fold else 0,
