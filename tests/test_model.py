@@ -55,6 +55,11 @@ def test_the_stretch_is_asinh_and_sinh_undoes_it(x):
     np.testing.assert_allclose(stretch.sinh(stretched).numpy(), x, rtol=2e-5, atol=3e-7)
 
 
+def test_the_stretch_of_absurd_values_is_a_number():
+    found = stretch.asinh(torch.tensor([3e38, -3e38, torch.inf, 0.0]))
+    torch.testing.assert_close(found, torch.tensor([math.asinh(1e18), -math.asinh(1e18), math.asinh(1e18), 0.0]))
+
+
 def test_prepare_hides_the_noise_level_and_the_masked_pixels():
     flux = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(2, 3, 8, 8, dtype=torch.bool)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 def asinh(x: Tensor) -> Tensor:
-    """asinh(x), for |x| below 1e18; not for gradients."""
+    """asinh(x); beyond 1e18, where float32 has no squares, that of 1e18. Not for gradients."""
+    x = x.clamp(-1e18, 1e18)
     return x.square().add_(1).sqrt_().add_(x.abs()).log_().copysign_(x)
 
 
