@@ -10,10 +10,11 @@ import pytest
 from _toy import ToySource, toy_catalog
 
 from pix2mass import pipeline
-from pix2mass.config import GridConfig, RunConfig, TrainConfig, load_toml
+from pix2mass.config import GridConfig, PretrainConfig, RunConfig, TrainConfig, load_toml
 from pix2mass.predict import Predictor
 from pix2mass.run import RunFolder
 from pix2mass.store import build
+from pix2mass.train import pretrain
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs" / "recipes").glob("*.toml"))
 
@@ -63,3 +64,23 @@ def test_the_curve_of_a_run(tmp_path, monkeypatch):
     scatter = np.abs(np.asarray(catalog["log10_m500c"]) - np.asarray(catalog["log10_m500c_true"])).mean()
     assert found["labels"][-1]["richness_mae_dex"] == pytest.approx(scatter, rel=1e-3)
     assert folder.read_json("learning_curve.json") == found
+
+
+def test_the_curve_of_unlabelled_images_pretrains_anew_and_ends_at_the_run_itself(tmp_path, monkeypatch):
+    @contextmanager
+    def quiet(_: str):
+        yield lambda *_: None
+
+    monkeypatch.setattr(pipeline, "_LEAST_LABELS", 25)
+    grid = GridConfig(bands="gr", n_pixels=16)
+    catalog = toy_catalog(60, 5)
+    store = build(catalog, ToySource(grid), tmp_path / "toy.zarr", grid)
+    folder, pretraining = RunFolder(tmp_path / "run"), PretrainConfig(epochs=1)
+    pretrain(store, folder, pretraining, 1)
+    (folder / "config.toml").write_text("[pretrain]\nepochs = 1\n[train]\nepochs = 1\nfolds = 2\n")
+    pipeline.train_run(folder, store, catalog, TrainConfig(epochs=1, folds=2), 1, quiet)
+    found = pipeline.learning_curve(folder, store, 1, quiet, unlabelled=store)
+    assert [point["n"] for point in found["unlabelled"]] == [30, 60]
+    assert RunFolder.open(folder / "learning-curve" / "encoder-30").read_json("pretrain.json")["n_images"] == 30
+    assert found["unlabelled"][-1] == found["labels"][-1], "both are the run itself"
+    assert not (folder / "learning-curve" / "unlabelled-60").exists()
