@@ -108,7 +108,7 @@ def finetuning(
     flux, mask, noise = _pixels(store)
     images, valid = prepare(flux, mask, noise)
     z = torch.tensor(store.z, dtype=torch.float32)
-    info = {"network": config.network, "encoder": "small", "use_redshift": True}
+    info = {"encoder": "small", "use_redshift": True}
     network = make_regressor(info, store.grid)
     label = torch.tensor(np.asarray(catalog["log10_m500c"]), dtype=torch.float32)
     part = len(store) - len(store) // config.folds
@@ -174,7 +174,6 @@ def main() -> None:
                 "ratio_fine_tuning": ratios["fine-tuning"],
                 "images_per_s": rates["pretraining"],
                 "clusters_per_s": rates["fine-tuning"],
-                "network": options.network,
                 "n_pixels": options.n_pixels,
                 "clusters": n,
             }

@@ -100,6 +100,7 @@ def write_map(
     bands: str = BANDS,
     z: float = 0.25,
     flags: Flag = Flag.PARTLY_OUTSIDE,
+    default_method: str = "joint",
 ) -> None:
     """A cluster of a few dozen round galaxies, its upper right corner without pixels."""
     n = 64
@@ -129,5 +130,6 @@ def write_map(
         integrated_gradients=np.stack([joint / len(bands)] * len(bands)) + 2e-5 * rng.standard_normal(flux.shape),
         cam=light / light.max() - 0.2,
         joint=joint,
+        default_method=default_method,
         flags=int(flags),
     )

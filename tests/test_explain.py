@@ -208,7 +208,7 @@ def test_maps_of_a_trained_network_are_complete_and_find_the_blob(trained):
     for name in ("joint", "cam"):
         share = np.abs(maps[name])[inside].sum() / np.abs(maps[name]).sum()
         assert share > 2 * inside.mean(), f"{name}: the blob in the middle carries the mass"
-    assert str(maps["id"]) == heavy and str(maps["bands"]) == "gri"
+    assert str(maps["id"]) == heavy and str(maps["bands"]) == "gri" and str(maps["default_method"]) == "joint"
     assert {*METHODS, *(f"band_{name}" for name in METHODS)} <= set(maps)
     for name in METHODS:
         assert maps[f"band_{name}"].shape == (3, 16, 16), name
@@ -229,6 +229,7 @@ def test_maps_of_the_network_of_galaxies_are_complete_and_lie_on_the_sources(tra
     for name in ("joint", "cam"):
         assert np.abs(maps[name])[np.hypot(x, y) < 5].sum() > 0.5 * np.abs(maps[name]).sum(), name
     assert not any(name.startswith("band_") for name in maps), "there is no network 1"
+    assert str(maps["default_method"]) == "cam"
 
 
 def test_band_maps_explain_the_odds_of_the_true_band(trained):
@@ -278,7 +279,7 @@ def test_fits_has_the_cutouts_wcs_and_every_map(trained):
     row, maps = store.rows([name])[0], load(path)
     expected = target_wcs(store.ra_deg[row], store.dec_deg[row], store.pixel_scale_arcsec[row], 16)
     with fits.open(path.with_suffix(".fits")) as hdus:
-        assert hdus[0].header["OBJECT"] == name
+        assert hdus[0].header["OBJECT"] == name and hdus[0].header["BESTMAP"] == "joint"
         assert hdus[0].header["LOGM_NET"] == pytest.approx(float(maps["log10_m500c_networks"]))
         for map_name in ("flux", "integrated_gradients", "cam", "joint", "band_joint"):
             hdu = hdus[map_name]

@@ -13,7 +13,7 @@ import pytest
 from _run_folder import N, make_run, write_map
 from astropy.table import QTable
 
-from pix2mass.report import METHODS, ClusterMap, OutOfFold, confusion_figure, overview_figure, write_report
+from pix2mass.report import METHODS, ClusterMap, OutOfFold, confusion_figure, map_figure, overview_figure, write_report
 from pix2mass.report.cluster_map import for_display
 from pix2mass.run import RunFolder
 from pix2mass.types import Pix2massError
@@ -260,6 +260,31 @@ def test_a_map_with_the_wrong_shape_is_refused(tmp_path):
     np.savez(tmp_path / "c.npz", **{**arrays, "id": np.array({"a": 1}, dtype=object)})
     with pytest.raises(Pix2massError, match="c.npz: broken file"):  # never a pickle
         ClusterMap.load(tmp_path / "c.npz")
+
+
+@pytest.mark.parametrize(("method", "title"), [("joint", "Joint map"), ("cam", "Class-activation map")])
+def test_the_map_to_look_at_first_comes_first(tmp_path, method, title):
+    folder = RunFolder(tmp_path / "run")
+    (folder / "maps").mkdir()
+    write_map(folder / "maps" / "a.npz", "a", 14.2, np.random.default_rng(1), default_method=method)
+    page = Page(write_report(folder).read_text("utf-8"))
+    alts = [str(a["alt"]) for tag, a in page.tags if tag == "img" and " of a: " in str(a["alt"])]
+    assert [alt.partition(" of a: ")[0] for alt in alts][:2] == ["Image", title]
+    assert ["contours: light" in alt for alt in alts[:4]] == [False, True, False, False]
+    first, second = map_figure(folder / "maps" / "a.npz").axes[:2]
+    assert first.get_title() == f"image, contours of the {title.lower()}"
+    assert second.get_title() == f"{title.lower()}, contours of the light"
+    (shown,) = second.images
+    expected = np.load(folder / "maps" / "a.npz")[method]
+    seen = np.asarray(shown.get_array())
+    usable = np.isfinite(seen)
+    assert np.corrcoef(seen[usable], expected[usable])[0, 1] > 0.999
+
+
+def test_an_unknown_map_to_look_at_first_is_refused(tmp_path):
+    write_map(tmp_path / "a.npz", "a", 14.0, np.random.default_rng(1), default_method="__class__")
+    with pytest.raises(Pix2massError, match=r"a.npz: expected default_method of joint, .* got '__class__'"):
+        ClusterMap.load(tmp_path / "a.npz")
 
 
 def test_overview_and_confusion_figures(mock_run, tmp_path):

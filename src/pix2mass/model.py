@@ -40,8 +40,12 @@ def prepare(flux: Tensor, mask: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         asinh(flux / noise), 0 where unusable, same shape as flux; and the share of bands usable per pixel, (n, h, w).
     """
-    images = asinh(flux / noise[..., None, None]).masked_fill_(_unusable(mask, noise), 0.0)
-    return images, usable_share(mask, noise)
+    return asinh(in_noise(flux, mask, noise)), usable_share(mask, noise)
+
+
+def in_noise(flux: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
+    """Flux in units of its noise, 0 where unusable; arguments as :func:`prepare`."""
+    return (flux / noise[..., None, None]).masked_fill_(_unusable(mask, noise), 0.0)
 
 
 def usable_share(mask: Tensor, noise: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ def explain(
     Returns:
         Paths of the ``.npz`` files, each with ``id``, ``bands``, ``flux`` (n_bands, h, w; nanomaggies per pixel),
         ``mask`` (n_bands, h, w), ``pixel_scale_arcsec``, ``ra_deg``, ``dec_deg``, ``z``, ``flags`` (bits of the
-        cutout), ``log10_m500c``, ``log10_m500c_err``; the maps of :func:`~pix2mass.explain.attribution.mass_maps` and,
+        cutout), ``log10_m500c``, ``log10_m500c_err``, ``default_method`` (the map to look at first, see
+        ``DEFAULT_METHOD``); the maps of :func:`~pix2mass.explain.attribution.mass_maps` and,
         if the run keeps its band classifier, those of :func:`~pix2mass.explain.attribution.band_maps` with ``band_``
         before their names.
 
@@ -88,6 +89,7 @@ def explain(
             "flags": store.flags[row],
             "log10_m500c": mass.item(),
             "log10_m500c_err": mass_err.item(),
+            "default_method": np.array(DEFAULT_METHOD[predictor.info.get("network", "bands")]),
             **maps,
         }
         path = folder / f"{file_name(cluster_id)}.npz"

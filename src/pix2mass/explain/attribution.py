@@ -49,8 +49,8 @@ METHODS = {
     "occlusion": "occlusion",
 }
 """Name in files -> what to call it. The last three are made for comparison only."""
-DEFAULT_METHOD = "joint"
-"""The method that finds true member galaxies best on mock clusters: benchmarks/explain.py."""
+DEFAULT_METHOD = {"bands": "joint", "galaxies": "cam"}
+"""Kind of network 2 -> the method that finds true member galaxies best on mock clusters: benchmarks/explain.py."""
 _BATCH = 16
 _NEXT_NETWORK = 7
 """Draws by which each network's steps are shifted against those of the one before."""

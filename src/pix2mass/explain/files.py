@@ -50,6 +50,7 @@ def write_fits(path: Path, maps: Mapping[str, Any]) -> None:
     ):
         number = float(maps[name])
         primary.header[keyword] = (number if np.isfinite(number) else None, comment)
+    primary.header["BESTMAP"] = (str(maps["default_method"]), "extension to look at first")
     primary.header["BANDS"] = (str(maps["bands"]), "planes of the cubes")
     hdus: list[Any] = [primary]
     for name, values in maps.items():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,15 @@ from pix2mass.types import Pix2massError
 
 _MAP_NUMBERS = ("pixel_scale_arcsec", "z", "ra_deg", "dec_deg", "log10_m500c", "log10_m500c_err")
 _MAP_IMAGES = ("flux", "integrated_gradients", "cam", "joint")
+_TITLES = {
+    "joint": ("joint map", "integrated gradients times the strength of the class-activation map"),
+    "integrated_gradients": (
+        "integrated gradients",
+        "sum over bands of the change in log10 mass that each pixel's light makes",
+    ),
+    "cam": ("class-activation map", "where the last feature maps raise (red) or lower (blue) the mass"),
+}
+"""What to call each map of the mass, and what it shows."""
 _SPARSE, _SPARSE_SMOOTHING = 0.2, 0.006
 """Share of pixels with a value below which a map is smoothed before it is drawn; by how much, over its width."""
 
@@ -44,6 +53,7 @@ class ClusterMap:
         integrated_gradients: (n_bands, h, w) dex per pixel.
         cam: (h, w) signed class-activation map, dex per pixel.
         joint: (h, w) dex per pixel.
+        default_method: which of the three to look at first.
         flags: bits of the cutout, None if the file does not say.
         path: the file, None if it is not from one.
     """
@@ -61,6 +71,7 @@ class ClusterMap:
     integrated_gradients: np.ndarray
     cam: np.ndarray
     joint: np.ndarray
+    default_method: str
     flags: int | None = None
     path: Path | None = None
 
@@ -73,21 +84,49 @@ class ClusterMap:
         """
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                values: dict[str, Any] = {name: float(arrays[name]) for name in _MAP_NUMBERS}
-                values |= {name: np.asarray(arrays[name], float) for name in _MAP_IMAGES}
-                values |= {"id": str(arrays["id"]), "bands": str(arrays["bands"])}
-                mask = np.asarray(arrays["mask"], bool)
-                flags = int(arrays["flags"]) if "flags" in arrays else None
-                one = cls(mask=mask, flags=flags, path=path, **values)
-        except KeyError as error:
-            raise Pix2massError(f"{path.name}: {error.args[0]}; make the maps again with `pix2mass explain`") from None
-        except Exception as error:  # noqa: BLE001  zip, numpy and conversions each have errors of their own
+                return replace(cls.of(dict(arrays), path.name), path=path)
+        except Pix2massError:
+            raise
+        except Exception as error:  # noqa: BLE001  zip and numpy each have errors of their own
             raise Pix2massError(f"{path.name}: broken file: {error}") from None
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Any], name: str = "maps") -> ClusterMap:
+        """Take what a file holds.
+
+        Args:
+            arrays: as :func:`pix2mass.explain` keeps them.
+            name: what to call them in an error.
+
+        Raises:
+            Pix2massError: one is missing, is not what it should be, or they do not fit each other.
+        """
+        try:
+            values: dict[str, Any] = {key: float(arrays[key]) for key in _MAP_NUMBERS}
+            values |= {key: np.asarray(arrays[key], float) for key in _MAP_IMAGES}
+            values |= {key: str(arrays[key]) for key in ("id", "bands", "default_method")}
+            mask = np.asarray(arrays["mask"], bool)
+            flags = int(arrays["flags"]) if "flags" in arrays else None
+        except KeyError as error:
+            raise Pix2massError(
+                f"{name}: {error.args[0]} is missing; make the maps again with `pix2mass explain`"
+            ) from None
+        except (TypeError, ValueError) as error:
+            raise Pix2massError(f"{name}: broken: {error}") from None
+        one = cls(mask=mask, flags=flags, **values)
         shape = (len(one.bands), *one.joint.shape)
-        for name in ("flux", "mask", "integrated_gradients"):
-            if one.joint.ndim != 2 or getattr(one, name).shape != shape or one.cam.shape != shape[1:]:
-                raise Pix2massError(f"{path.name}: expected {name} of shape {shape}, got {getattr(one, name).shape}")
+        for key in ("flux", "mask", "integrated_gradients"):
+            if one.joint.ndim != 2 or getattr(one, key).shape != shape or one.cam.shape != shape[1:]:
+                raise Pix2massError(f"{name}: expected {key} of shape {shape}, got {getattr(one, key).shape}")
+        if one.default_method not in _TITLES:
+            raise Pix2massError(f"{name}: expected default_method of {', '.join(_TITLES)}, got {one.default_method!r}")
         return one
+
+    def of_mass(self) -> list[tuple[str, str, np.ndarray]]:
+        """The maps of the mass (h, w), the one to look at first before the others: title, what it shows, the map."""
+        maps = {"joint": self.joint, "integrated_gradients": self.integrated_gradients.sum(axis=0), "cam": self.cam}
+        names = sorted(maps, key=lambda name: name != self.default_method)
+        return [(*_TITLES[name], maps[name]) for name in names]
 
     @property
     def half_width_arcsec(self) -> float:
@@ -210,22 +249,14 @@ def cluster_panels(one: ClusterMap) -> list[dict[str, str]]:
     """Image and maps of the mass, each a picture of its own: ``src``, ``title`` and ``alt``."""
     panels: list[tuple[str, str, Callable[[Axes], None]]] = [
         ("Image", composite(one.flux, one.mask, one.bands)[1], lambda ax: draw_composite(ax, one)),
-        (
-            "Joint map",
-            "integrated gradients times the strength of the class-activation map; contours: light in all bands",
-            lambda ax: draw_signed(ax, one, one.joint, "dex per pixel", contours=True),
-        ),
-        (
-            "Integrated gradients",
-            "sum over bands of the change in log10 mass that each pixel's light makes",
-            lambda ax: draw_signed(ax, one, one.integrated_gradients.sum(axis=0), "dex per pixel"),
-        ),
-        (
-            "Class-activation map",
-            "where the last feature maps raise (red) or lower (blue) the mass",
-            lambda ax: draw_signed(ax, one, one.cam, "dex per pixel"),
-        ),
     ]
+    for number, (title, text, values) in enumerate(one.of_mass()):
+        first = number == 0
+
+        def draw(ax: Axes, values: np.ndarray = values, first: bool = first) -> None:
+            draw_signed(ax, one, values, "dex per pixel", contours=first)
+
+        panels.append((title.capitalize(), text + ("; contours: light in all bands" if first else ""), draw))
     return [
         {
             "title": title,

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from pix2mass.report.cluster_map import ClusterMap, draw_composite, draw_signed, for_display, show
 from pix2mass.report.drawing import BLUE, MASS_LABEL, STYLE, VERMILION
-from pix2mass.types import Pix2massError
 
 _DEX, _ODDS = "dex per pixel", "log odds per pixel"
 _COMPARED = {
@@ -45,9 +44,9 @@ def map_figure(maps: str | Path | Mapping[str, Any]) -> Figure:
     if isinstance(maps, str | Path):
         one = ClusterMap.load(Path(maps))
         with np.load(maps, allow_pickle=False) as arrays:
-            maps = {name: arrays[name] for name in arrays.files}
+            maps = dict(arrays)
     else:
-        one = _from_mapping(maps)
+        one = ClusterMap.of(maps)
     bands, compared = "band_joint" in maps, [name for name in _COMPARED if name in maps]
     n_rows, n_bands = 2 + bands + bool(compared), len(one.bands)
     with mpl.rc_context({**STYLE, "font.size": 9}):
@@ -87,28 +86,12 @@ def write_map_figure(maps: str | Path | Mapping[str, Any], path: str | Path) -> 
     return path
 
 
-def _from_mapping(maps: Mapping[str, Any]) -> ClusterMap:
-    """The part that every map file has."""
-    numbers = ("pixel_scale_arcsec", "z", "ra_deg", "dec_deg", "log10_m500c", "log10_m500c_err")
-    images = ("flux", "integrated_gradients", "cam", "joint")
-    try:
-        values: dict[str, Any] = {name: str(maps[name]) for name in ("id", "bands")}
-        values |= {name: float(maps[name]) for name in numbers}
-        values |= {name: np.asarray(maps[name], float) for name in images}
-        return ClusterMap(**values, mask=np.asarray(maps["mask"], bool))
-    except KeyError as error:
-        raise Pix2massError(f"maps: {error.args[0]} is missing; make them with `pix2mass explain`") from None
-
-
 def _draw_mass(axes: Any, one: ClusterMap) -> None:
+    maps = one.of_mass()
     draw_composite(axes[0], one)
-    _contour(axes[0], one, one.joint, "white")
-    axes[0].set_title("image, contours of the joint map")
-    for ax, title, values in (
-        (axes[1], "joint map", one.joint),
-        (axes[2], "integrated gradients, all bands", one.integrated_gradients.sum(axis=0)),
-        (axes[3], "class-activation map", one.cam),
-    ):
+    _contour(axes[0], one, maps[0][2], "white")
+    axes[0].set_title(f"image, contours of the {maps[0][0]}")
+    for ax, (title, _, values) in zip(axes[1:], maps, strict=True):
         draw_signed(ax, one, values, _DEX, contours=ax is axes[1])
         ax.set_title(title + (", contours of the light" if ax is axes[1] else ""))
 

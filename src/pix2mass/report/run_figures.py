@@ -439,6 +439,6 @@ def overview_figure(folder: RunFolder, path: str | Path) -> None:
         for row, one in zip(axes, chosen, strict=True):
             draw_composite(row[0], one)
             row[0].set_title(f"{MASS_LABEL} = {one.log10_m500c:.2f} ± {one.log10_m500c_err:.2f}", fontsize=12)
-            draw_signed(row[1], one, one.joint, "dex per pixel", contours=True)
+            draw_signed(row[1], one, one.of_mass()[0][2], "dex per pixel", contours=True)
             row[1].set_title(f"what the networks used, z = {one.z:.2f}", fontsize=12)
         figure.savefig(path, dpi=100)

@@ -20,11 +20,11 @@ from pix2mass.model import (
     Encoder,
     ViewMatcher,
     dihedral,
-    prepare,
+    in_noise,
 )
 from pix2mass.run import RunFolder, digest
 from pix2mass.store import ImageStore
-from pix2mass.stretch import asinh, sinh
+from pix2mass.stretch import asinh
 from pix2mass.train.fit import PREDICT_BATCH, Progress, as_tensors, fit, loader, split
 from pix2mass.types import Pix2massError
 
@@ -156,8 +156,8 @@ def _train_classifier(
     """Network 1 of the task "bands"."""
     classifier = BandClassifier(_new_encoder(store, config, seed), len(store.grid.bands))
 
-    def batch(images: Tensor, band: Tensor, rng: np.random.Generator, training: bool) -> tuple[Tensor, Tensor]:
-        return _another_view(images, config, rng) if training else images, band
+    def batch(light: Tensor, band: Tensor, rng: np.random.Generator, training: bool) -> tuple[Tensor, Tensor]:
+        return _another_view(light, config, rng) if training else asinh(light), band
 
     _fit_on_single_bands(classifier, batch, store, parts, config, seed, checkpoints, progress)
     return classifier
@@ -169,10 +169,10 @@ def _train_matcher(
     """Network 1 of the contrastive task: views differ by rotation, reflection, gain, a small shift and added noise."""
     matcher = ViewMatcher(_new_encoder(store, config, seed))
 
-    def batch(images: Tensor, band: Tensor, rng: np.random.Generator, training: bool) -> tuple[Tensor, Tensor]:
-        views = [_another_view(images, config, rng, config.noise_jitter) for _ in range(2)]
+    def batch(light: Tensor, band: Tensor, rng: np.random.Generator, training: bool) -> tuple[Tensor, Tensor]:
+        views = [_another_view(light, config, rng, config.noise_jitter) for _ in range(2)]
         views[1] = torch.roll(views[1], tuple(int(k) for k in rng.integers(-3, 4, 2)), (-2, -1))
-        return torch.cat(views), torch.arange(len(images))
+        return torch.cat(views), torch.arange(len(light))
 
     _fit_on_single_bands(matcher, batch, store, parts, config, seed, checkpoints, progress)
     return matcher
@@ -186,15 +186,19 @@ def _new_encoder(store: ImageStore, config: PretrainConfig, seed: int) -> Encode
     return encoder
 
 
-def _another_view(images: Tensor, config: PretrainConfig, rng: np.random.Generator, noise: float = 0.0) -> Tensor:
-    """Each single-band image (m, 1, h, w) turned or mirrored, with another gain and, if asked for, more noise."""
-    views = rng.integers(8, size=len(images))
-    gain = np.exp(config.gain_jitter * rng.standard_normal(len(images))).astype(np.float32)
-    images = torch.stack([dihedral(image, view) for image, view in zip(images, views, strict=True)])
-    light = sinh(images) * torch.from_numpy(gain)[:, None, None, None]
+def _another_view(light: Tensor, config: PretrainConfig, rng: np.random.Generator, noise: float = 0.0) -> Tensor:
+    """Each single-band image (m, 1, h, w; flux over noise) turned or mirrored, with another gain and, if asked for,
+    more noise; as network 1 takes it."""
+    views = torch.from_numpy(rng.integers(8, size=len(light)))
+    gain = np.exp(config.gain_jitter * rng.standard_normal(len(light))).astype(np.float32)
+    turned = torch.empty_like(light)
+    for view in range(8):
+        chosen = views == view
+        turned[chosen] = dihedral(light[chosen], view)
+    turned *= torch.from_numpy(gain)[:, None, None, None]
     if noise > 0:
-        light = light + noise * torch.from_numpy(rng.standard_normal(light.shape, dtype=np.float32))
-    return asinh(light)
+        turned += noise * torch.from_numpy(rng.standard_normal(light.shape, dtype=np.float32))
+    return asinh(turned)
 
 
 def _fit_on_single_bands(
@@ -211,7 +215,8 @@ def _fit_on_single_bands(
 
     Args:
         network: gives a logit to each answer.
-        batch: from images, their bands, random numbers and whether this is training: network's images and answers.
+        batch: from images (flux over noise), their bands, random numbers and whether this is training: the network's
+            images and answers.
         store: images.
         parts: rows to train on, and rows to choose the epoch by.
         config: of the stage.
@@ -254,13 +259,14 @@ def _has_band(store: ImageStore, rows: np.ndarray) -> np.ndarray:
 
 
 def _single_band_images(store: ImageStore, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """All sufficiently covered single-band images of some rows (m, 1, h, w), and the number of their band (m,)."""
+    """All sufficiently covered single-band images of some rows (m, 1, h, w; flux over noise), and the number of their
+    band (m,)."""
     flux, mask, noise = as_tensors(store, rows)
-    images, _ = prepare(flux, mask, noise)
+    light = in_noise(flux, mask, noise)
     covered = (~mask).float().mean(dim=(2, 3)) >= _MIN_BAND_COVERAGE
     if not covered.any():  # a batch must not be empty; these images are the least bad
         covered = torch.isfinite(noise)
-    return images[covered][:, None], torch.nonzero(covered)[:, 1]
+    return light[covered][:, None], torch.nonzero(covered)[:, 1]
 
 
 @torch.no_grad()
@@ -270,8 +276,8 @@ def band_confusion(classifier: BandClassifier, store: ImageStore, rows: np.ndarr
     confusion = np.zeros((n_bands, n_bands), int)
     usable = rows[_has_band(store, rows).any(axis=1)]
     for start in range(0, len(usable), PREDICT_BATCH):
-        images, band = _single_band_images(store, usable[start : start + PREDICT_BATCH])
-        np.add.at(confusion, (band.numpy(), classifier(images).argmax(dim=1).numpy()), 1)
+        light, band = _single_band_images(store, usable[start : start + PREDICT_BATCH])
+        np.add.at(confusion, (band.numpy(), classifier(asinh(light)).argmax(dim=1).numpy()), 1)
     return confusion
 
 
