@@ -38,7 +38,17 @@ from pix2mass.train import RichnessBlend, pretrain
 from pix2mass.types import BANDS
 
 RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
-ORDER = ("lin2022", "lin2022-tuned", "contrastive", "scratch", "best", "best-gri", "best-r", "sim-pretrained")
+ORDER = (
+    "lin2022",
+    "lin2022-network",
+    "lin2022-tuned",
+    "contrastive",
+    "scratch",
+    "best",
+    "best-gri",
+    "best-r",
+    "sim-pretrained",
+)
 HEADLINE_Z = (0.1, 0.4)
 FULL = {"labelled": 1000, "unlabelled": 5000, "test": 10_000, "sim": 6000}
 QUICK = {"labelled": 300, "unlabelled": 300, "test": 600, "sim": 600}

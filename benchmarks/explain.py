@@ -535,11 +535,11 @@ def main() -> None:
     out["completeness_error"], error = median_of(missed)
     print(f"completeness error of the mass   {show(out['completeness_error'], error, 4)}   target at most 0.01")
     print(f"   median difference from blank sky {np.median(difference):.2f} dex, worst error {max(missed):.4f}")
-    classifier = load_band_classifier(run)
+    classifier = load_band_classifier(run, predictor.grid)
     if classifier is not None:
         missed = []
         for case in cases:
-            found = band_maps(classifier, case.images, case.blank, STEPS)
+            found = band_maps(classifier, case.images, case.noise, case.z, case.blank, STEPS)
             change = np.abs(found["log_odds"] - found["log_odds_blank_sky"])
             missed += (found["completeness_error"] / np.maximum(change, 0.05)).tolist()
         out["completeness_error_bands"], error = median_of(missed)

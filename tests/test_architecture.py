@@ -12,7 +12,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "pix2mass"
 
 _GROUND = {"types", "config", "cosmology"}
-_NETWORKS = _GROUND | {"run", "store", "distribute", "stretch", "galaxies", "model", "calibrate", "trust"}
+_NETWORKS = _GROUND | {
+    "run",
+    "store",
+    "distribute",
+    "stretch",
+    "scale",
+    "galaxies",
+    "gaussian_process",
+    "model",
+    "calibrate",
+    "trust",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "cosmology": set(),
@@ -21,8 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "catalog": _GROUND,
     "images": _GROUND | {"distribute"},
     "stretch": set(),
-    "galaxies": _GROUND | {"stretch"},
-    "model": _GROUND | {"stretch", "galaxies"},
+    "scale": _GROUND | {"stretch"},
+    "galaxies": _GROUND | {"stretch", "scale"},
+    "gaussian_process": set(),
+    "model": _GROUND | {"stretch", "scale", "galaxies", "gaussian_process"},
     "richness": _GROUND,
     "calibrate": {"types"},
     "trust": set(),
@@ -32,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": _NETWORKS,
     "predict": _NETWORKS | {"catalog", "weights"},
     "evaluate": _NETWORKS | {"catalog", "richness", "train", "predict"},
-    "explain": {"types", "config", "cosmology", "run", "store", "predict", "model"},
+    "explain": {"types", "config", "cosmology", "run", "store", "predict", "model", "stretch"},
     "report": {"types", "run", "cosmology"},
 }
 """Module or folder of the package -> those it may import. A folder's own modules may import each other."""
@@ -40,7 +53,18 @@ _ALL = set(MAY_IMPORT)
 MAY_IMPORT |= {"pipeline": _ALL, "cli": _ALL | {"pipeline"}, "__main__": {"cli"}, "__init__": _ALL}
 
 MAY_BE_IMPORTED_BY: dict[str, set[str]] = {
-    "torch": {"stretch", "galaxies", "model", "trust", "train", "predict", "explain", "images/mock/render"},
+    "torch": {
+        "stretch",
+        "scale",
+        "galaxies",
+        "gaussian_process",
+        "model",
+        "trust",
+        "train",
+        "predict",
+        "explain",
+        "images/mock/render",
+    },
     "lightning": {"train"},
     "timm": {"model"},
     "captum": {"explain"},

@@ -14,6 +14,7 @@ from captum.attr import LayerGradCam
 from scipy.stats import spearmanr
 
 from pix2mass.config import GridConfig, PretrainConfig, TrainConfig
+from pix2mass.cosmology import l_star_red_mag
 from pix2mass.explain import METHODS, explain, load_band_classifier
 from pix2mass.explain.attribution import mass_maps
 from pix2mass.explain.blank_sky import blank_sky
@@ -232,6 +233,27 @@ def test_maps_of_the_network_of_galaxies_are_complete_and_lie_on_the_sources(tra
     assert str(maps["default_method"]) == "cam"
 
 
+def test_maps_in_other_units_explain_the_same_band(trained, tmp_path):
+    _, store, catalog = trained
+    folder = RunFolder(tmp_path / "run")
+    pretrain(store, folder, PretrainConfig(epochs=1, units="l-star", accelerator="cpu"), 1)
+    train(store, catalog, np.arange(60) % 2, folder, TrainConfig(network="gaussian-process", folds=2), 1)
+    folder.write_provenance(1)
+    heavy = str(catalog["id"][np.argmax(catalog["log10_m500c_true"])])
+    maps = load(explain(folder, store, [heavy], steps=20)[0])
+    assert np.isfinite(maps["joint"]).all() and maps["joint"].any()
+    row = store.rows([heavy])
+    images = torch.from_numpy(store.batch(row)[0])  # light in the units of network 1, worked out anew
+    z, pixel_kpc = float(store.z[row[0]]), store.grid.width_kpc / store.grid.n_pixels
+    unit = 10 ** (-0.4 * (l_star_red_mag(z)[1:4] - 22.5)) * pixel_kpc / 160
+    classifier = load_band_classifier(folder, store.grid)
+    assert classifier is not None
+    with torch.no_grad():
+        seen = torch.asinh(images[0] / torch.tensor(unit, dtype=torch.float32)[:, None, None])
+        share = classifier(seen[:, None]).softmax(dim=1).diagonal()
+    np.testing.assert_allclose(maps["band_log_odds"], torch.logit(share).numpy(), rtol=2e-2, atol=2e-2)
+
+
 def test_band_maps_explain_the_odds_of_the_true_band(trained):
     folder, store, catalog = trained
     name = str(catalog["id"][5])
@@ -239,7 +261,7 @@ def test_band_maps_explain_the_odds_of_the_true_band(trained):
     row = store.rows([name])
     flux, mask = store.batch(row)
     images, _ = prepare(*(torch.from_numpy(values) for values in (flux, mask, store.noise[row])))
-    classifier = load_band_classifier(folder)
+    classifier = load_band_classifier(folder, store.grid)
     assert classifier is not None
     with torch.no_grad():
         share = classifier(images[0][:, None]).softmax(dim=1).diagonal()

@@ -18,9 +18,11 @@ from pix2mass.model import (
     BandClassifier,
     Encoder,
     MassRegressor,
+    ProcessRegressor,
     ViewMatcher,
     combine,
     dihedral,
+    make_units,
     negative_log_likelihood,
     prepare,
 )
@@ -228,3 +230,44 @@ def test_views_are_matched_by_what_they_show():
     assert logits.shape == (3, 3)
     torch.testing.assert_close(logits.diagonal(), torch.full((3,), 5.0))
     assert (logits.argmax(dim=1) == torch.arange(3)).all()
+
+
+def process_regressor(grid: GridConfig, n: int = 40) -> tuple[ProcessRegressor, tuple[torch.Tensor, ...]]:
+    """One fitted to noise whose strength tells the mass, and these images."""
+    torch.manual_seed(3)
+    regressor = ProcessRegressor(Encoder().eval(), len(grid.bands), make_units({"units": "l-star"}, grid)).eval()
+    mass = torch.linspace(14, 15, n)
+    images = (mass - 13.5)[:, None, None, None] * torch.randn(n, len(grid.bands), 32, 32)
+    noise, z = torch.ones(n, len(grid.bands)), torch.full((n,), 0.2)
+    valid = torch.ones(n, 32, 32)
+    with torch.no_grad():
+        described = regressor.described(regressor.rescale(images, noise, z), valid, z)
+    regressor.fit(described, z, mass, torch.full((n,), 0.1), 1)
+    return regressor, (images, valid, noise, z)
+
+
+def test_a_gaussian_process_on_features_has_the_gradient_of_its_mass():
+    regressor, (images, valid, noise, z) = process_regressor(GridConfig(bands="gri", n_pixels=32))
+    one = tuple(values[20:21] for values in (valid, noise, z))
+    network = regressor.for_maps(images[20:21], *one)
+    image = images[20:21].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(network(image, *one).sum(), image)
+    along = gradient / gradient.norm()
+    with torch.no_grad():
+        change = (network(image + 0.5 * along, *one) - network(image - 0.5 * along, *one)) / 1.0
+    assert change.item() == pytest.approx(gradient.norm().item(), rel=0.02) and change > 1e-3
+
+
+def test_a_ring_without_pixels_says_nothing_and_the_others_stay():
+    regressor, (images, valid, noise, z) = process_regressor(GridConfig(bands="gri", n_pixels=32))
+    light = regressor.rescale(images, noise, z)
+    y, x = (torch.arange(32) + 0.5 - 16) / 16, (torch.arange(32) + 0.5 - 16) / 16
+    inner = (torch.hypot(y[:, None], x) < 0.3).float().expand(40, -1, -1)
+    whole = regressor.described(light, valid, z).values
+    part = regressor.described(light, inner, z).values
+    first = slice(0, 4 * 3 * 16)  # the finest level: ring by ring, band by band
+    rings = part[:, first].unflatten(1, (4, 3, 16))
+    assert torch.isnan(rings[:, 3]).all() and not torch.isnan(rings[:, 0]).any()
+    torch.testing.assert_close(rings[:, 0], whole[:, first].unflatten(1, (4, 3, 16))[:, 0], atol=0.2, rtol=0.2)
+    mean, sigma = regressor(light, inner, z)
+    assert torch.isfinite(mean).all() and torch.isfinite(sigma).all()

@@ -295,6 +295,8 @@ def test_encoder_survives_the_run_folder(pretrained, toy):
 
 def test_confusion_counts_every_image(toy, pretrained):
     class Always(torch.nn.Module):
+        units = None
+
         def forward(self, image):
             return torch.nn.functional.one_hot(torch.full((len(image),), 2), 3).float()
 
@@ -372,6 +374,35 @@ def test_the_network_of_galaxies_learns_without_network_1_and_predicts(counting,
     assert counting.read_json("model.json")["network"] == "galaxies"
     predicted = predict(Predictor(counting), store)
     assert np.abs(np.asarray(predicted["log10_m500c"]) - true).mean() < error + 0.02
+
+
+@pytest.mark.parametrize("units", ["noise", "l-star"])
+def test_a_gaussian_process_learns_from_frozen_features_and_predicts(toy, tmp_path, units):
+    catalog, store = toy
+    folder = RunFolder(tmp_path / "run")
+    pretrain(store, folder, PretrainConfig(epochs=1, units=units, accelerator="cpu"), 1)
+    before = folder.load_weights("encoder")
+    table = train(store, catalog, folds(90), folder, TrainConfig(network="gaussian-process", folds=3), 1)
+    true = np.asarray(catalog["log10_m500c_true"])
+    error = np.abs(np.asarray(table["log10_m500c"]) - true).mean()
+    assert error < 0.5 * np.abs(true - true.mean()).mean(), "on clusters it has not seen"
+    info = folder.read_json("model.json")
+    assert (info["network"], info["units"], info["folds"], info["views"]) == ("gaussian-process", units, 1, 1)
+    kept = folder.load_weights("fold-0")
+    assert all(torch.equal(value, kept[f"encoder.{name}"]) for name, value in before.items()), "features are kept"
+    folder.write_provenance(1)
+    predicted = predict(Predictor(folder), store)
+    assert np.abs(np.asarray(predicted["log10_m500c"]) - true).mean() < error + 0.02
+
+
+def test_units_of_l_star_need_redshifts(toy, tmp_path):
+    catalog, store = toy
+    with pytest.MonkeyPatch.context() as patch:
+        z = np.array(store.z)
+        z[[1, 4]] = np.nan
+        patch.setattr(store, "z", z)
+        with pytest.raises(Pix2massError, match=r"'l-star' need the redshift of every image, 2 have none"):
+            pretrain(store, RunFolder(tmp_path / "run"), PretrainConfig(units="l-star"), 1)
 
 
 def test_fine_tuning_starts_from_another_run(counting, toy, tmp_path):

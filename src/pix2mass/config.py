@@ -488,6 +488,9 @@ class PretrainConfig(OptimConfig):
     task: Literal["bands", "contrastive"] = "bands"
     """What it learns: 'bands', to tell the band of an image (the paper's); 'contrastive', to tell which two views show
     the same image."""
+    units: Literal["noise", "l-star"] = "noise"
+    """Units of the images, for both networks: 'noise', that of each image; 'l-star', the light of an L* red galaxy at
+    the cluster's redshift, which makes galaxies of clusters look alike at all redshifts. Needs redshifts of all."""
     encoder: str = "small"
     """'small' (made for 2 cores); any convolutional timm model, e.g. resnet18, built with in_chans=1; or your own as
     'module:function'."""
@@ -508,10 +511,11 @@ class TrainConfig(OptimConfig):
     """Number of folds."""
     fold_separation_deg: float = Field(default=0.5, ge=0)
     """Clusters closer than this on the sky share a fold."""
-    network: Literal["bands", "galaxies"] = "bands"
-    """'bands': features of each band by itself, from network 1 (the paper's way). 'galaxies': sources of the image are
-    weighed and counted; needs no network 1, and the redshift; of the settings below folds, fold_separation_deg and
-    start_from alone have a say."""
+    network: Literal["bands", "gaussian-process", "galaxies"] = "bands"
+    """'bands': features of each band by itself, from network 1 (the paper's way), and a network on them.
+    'gaussian-process': the same features, kept as they are, and a Gaussian process on their means in rings. 'galaxies':
+    sources of the image are weighed and counted; needs no network 1. The last two need the redshift; of the settings
+    below folds and fold_separation_deg have a say, of 'galaxies' start_from too."""
     start_from: Path | None = None
     """Run folder whose first network 2 the training starts from, scaler included: fine-tuning, say after training on
     mock clusters. A network of bands goes on learning (give a lower learning rate); of one of galaxies the masses are
@@ -540,8 +544,10 @@ class TrainConfig(OptimConfig):
             raise ValueError("from_scratch needs freeze_encoder = false: random frozen weights learn nothing")
         if self.from_scratch and self.start_from is not None:
             raise ValueError("give either from_scratch or start_from")
-        if self.network == "galaxies" and not self.use_redshift:
-            raise ValueError("network = 'galaxies' needs use_redshift: light is in units of a galaxy's there")
+        if self.network != "bands" and not self.use_redshift:
+            raise ValueError(f"network = {self.network!r} needs use_redshift")
+        if self.network == "gaussian-process" and (self.start_from is not None or not self.freeze_encoder):
+            raise ValueError("network = 'gaussian-process' keeps network 1's features: no start_from, freeze_encoder")
         return self
 
 

@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pix2mass.config import GridConfig
-from pix2mass.cosmology import kpc_per_arcsec, l_star_red_mag
+from pix2mass.scale import PhysicalScale
 from pix2mass.stretch import sinh
-from pix2mass.types import BANDS, NANOMAGGY_ZEROPOINT_MAG, SDSS_PIXEL_SCALE_ARCSEC
+from pix2mass.types import SDSS_PIXEL_SCALE_ARCSEC
 
 _NATIVE_SIGMA_NMGY = {"u": 0.044, "g": 0.0186, "r": 0.027, "i": 0.046, "z": 0.178}
 """Noise of a native SDSS pixel: within the range of six frames. It weighs bands and colours."""
 _COLOUR_SCATTER = {"u": 0.20, "g": 0.10, "r": 0.06, "i": 0.08}
 """Fractional width of the red sequence in the flux of a band relative to the next: scatter, slope and zero points."""
-_TABLE_Z = np.arange(0.02, 0.7001, 0.005)
 _BINOMIAL = torch.tensor([1.0, 2.0, 1.0, 2.0, 4.0, 2.0, 1.0, 2.0, 1.0]) / 16
 _BINOMIAL_NOISE = 0.375
 """White noise that is left after smoothing with it."""
@@ -114,41 +113,25 @@ class Described(NamedTuple):
         return Described(image, self.values[wanted], self.share[wanted])
 
 
-class GalaxyEncoder(nn.Module):
+class GalaxyEncoder(PhysicalScale):
     """Finds the sources of images and describes them. It has no weights to learn.
 
     Args:
         grid: bands and pixel scale of the images.
     """
 
-    l_star: Tensor
     sigma: Tensor
-    kpc_per_pixel: Tensor
 
     def __init__(self, grid: GridConfig) -> None:
-        super().__init__()
+        super().__init__(grid)
         self.bands = grid.bands
-        columns = [BANDS.index(band) for band in grid.bands]
-        flux = 10 ** (-0.4 * (l_star_red_mag(_TABLE_Z)[:, columns] - NANOMAGGY_ZEROPOINT_MAG))
         native = np.array([_NATIVE_SIGMA_NMGY[band] for band in grid.bands])
-        scale = kpc_per_arcsec(_TABLE_Z)
-        width_arcsec = grid.width_arcsec or (grid.width_kpc or 0.0) / scale
-        pixel_arcsec = np.broadcast_to(width_arcsec, _TABLE_Z.shape) / grid.n_pixels
-        sigma = native * (pixel_arcsec / SDSS_PIXEL_SCALE_ARCSEC)[:, None] / flux
-        for name, table in (("l_star", flux), ("sigma", sigma), ("kpc_per_pixel", (pixel_arcsec * scale)[:, None])):
-            self.register_buffer(name, torch.tensor(table, dtype=torch.float32), persistent=False)
+        sigma = native * (self.pixel_arcsec / SDSS_PIXEL_SCALE_ARCSEC)[:, None]
+        self.add_table("sigma", sigma / self.l_star.numpy())
         self.reference = grid.bands.index("i") if "i" in grid.bands else len(grid.bands) - 1
         """The band in which luminosity is measured."""
         self.pairs = [(k, _COLOUR_SCATTER[band]) for k, band in enumerate(grid.bands[:-1])]
         self.n_values = 6 + 2 * len(self.pairs)
-
-    def at(self, table: Tensor, z: Tensor) -> Tensor:
-        """Rows of a table over redshift, interpolated: (n, columns)."""
-        step = (z - float(_TABLE_Z[0])) / float(_TABLE_Z[1] - _TABLE_Z[0])
-        step = step.clamp(0, len(_TABLE_Z) - 1.001)
-        left = step.long()
-        part = (step - left)[:, None]
-        return (1 - part) * table[left] + part * table[left + 1]
 
     @torch.no_grad()
     def find(self, light: Tensor, valid: Tensor, z: Tensor) -> Sources:
@@ -215,6 +198,7 @@ class GalaxyRegressor(nn.Module):
         grid: bands and pixel scale of the images.
     """
 
+    described_by = Described
     value_mean: Tensor
     value_scale: Tensor
     sigma_dex: Tensor

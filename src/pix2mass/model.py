@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from pix2mass.config import GridConfig
 from pix2mass.galaxies import GalaxyRegressor
+from pix2mass.gaussian_process import GaussianProcess
+from pix2mass.scale import PhysicalScale
 from pix2mass.stretch import asinh
 from pix2mass.types import Pix2massError
 
@@ -27,6 +29,11 @@ RADIAL_EDGES = (0.06, 0.15, 0.35, 0.75)
 _RING_WIDTH = 0.45
 """Of those rings, in ln radius."""
 _MIN_LOG_SIGMA = math.log(0.02)
+_FAINT_FEATURE = 0.05
+"""Ring means well above it enter the Gaussian process as their logarithm, well below linearly. Features are of order
+one where something is."""
+_LEAST_RING = 0.05
+"""Usable share of a ring below which it says nothing."""
 
 
 def prepare(flux: Tensor, mask: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +62,12 @@ def usable_share(mask: Tensor, noise: Tensor) -> Tensor:
 
 def _unusable(mask: Tensor, noise: Tensor) -> Tensor:
     return mask | ~torch.isfinite(noise)[..., None, None]
+
+
+def make_units(info: Mapping[str, Any], grid: GridConfig) -> PhysicalScale | None:
+    """What brings images that :func:`prepare` gives to the units of a run: ``units`` in pretrain.json or model.json,
+    "l-star" or, where missing, "noise", which needs nothing."""
+    return PhysicalScale(grid) if info.get("units") == "l-star" else None
 
 
 def dihedral(images: Tensor, view: int) -> Tensor:
@@ -215,11 +228,12 @@ class BandClassifier(nn.Module):
     Args:
         encoder: gives the feature maps.
         n_bands: number of bands to tell apart.
+        units: of its images, from :func:`make_units`.
     """
 
-    def __init__(self, encoder: Encoder, n_bands: int) -> None:
+    def __init__(self, encoder: Encoder, n_bands: int, units: PhysicalScale | None = None) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.units = encoder, units
         self.head = nn.Linear(2 * sum(encoder.channels), n_bands)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -239,11 +253,12 @@ class ViewMatcher(nn.Module):
 
     Args:
         encoder: gives the feature maps.
+        units: of its images, from :func:`make_units`.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, units: PhysicalScale | None = None) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.units = encoder, units
         n_pooled = 2 * sum(encoder.channels)
         self.head = nn.Sequential(nn.Linear(n_pooled, n_pooled), nn.ReLU(), nn.Linear(n_pooled, 32))
 
@@ -267,6 +282,7 @@ class MassRegressor(nn.Module):
         n_bands: number of bands.
         use_redshift: whether the redshift is an input.
         hidden: width of the mixing layers.
+        units: of its images, from :func:`make_units`.
     """
 
     label_mean: Tensor
@@ -274,9 +290,16 @@ class MassRegressor(nn.Module):
     z_mean: Tensor
     z_scale: Tensor
 
-    def __init__(self, encoder: Encoder, n_bands: int, use_redshift: bool = True, hidden: int = 32) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        n_bands: int,
+        use_redshift: bool = True,
+        hidden: int = 32,
+        units: PhysicalScale | None = None,
+    ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.units = encoder, units
         self.n_bands = n_bands
         self.use_redshift = use_redshift
         n_context = 2 if use_redshift else 0
@@ -316,8 +339,8 @@ class MassRegressor(nn.Module):
             self.get_buffer(f"feature_scale_{level}").copy_(maps.std(dim=(0, 2, 3)).clamp_min(1e-3))
 
     def rescale(self, images: Tensor, noise: Tensor, z: Tensor) -> Tensor:
-        """Images as :meth:`forward` takes them, from those that :func:`prepare` gives: the same here."""
-        return images
+        """Images as :meth:`forward` takes them, from those that :func:`prepare` gives, with their noise there."""
+        return images if self.units is None else self.units.rescale(images, noise, z)
 
     def for_maps(self, images: Tensor, valid: Tensor, noise: Tensor, z: Tensor) -> WholeImages:
         """The network as a function of which attributions are taken near these images: the same for all."""
@@ -326,9 +349,7 @@ class MassRegressor(nn.Module):
     def features(self, images: Tensor, z: Tensor | None = None) -> list[Tensor]:
         """Feature maps of all bands, per level (n, n_bands * channels, h', w'), from images (n, n_bands, h, w); the
         redshifts have no say."""
-        n, n_bands = images.shape[:2]
-        levels = self.encoder(images.reshape(n * n_bands, 1, *images.shape[2:]))
-        return [level.reshape(n, n_bands * level.shape[1], *level.shape[2:]) for level in levels]
+        return _features(self.encoder, images)
 
     def forward(self, images: Tensor, valid: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mass of clusters.
@@ -370,14 +391,107 @@ class MassRegressor(nn.Module):
         return mean * self.label_scale + self.label_mean, sigma + math.exp(_MIN_LOG_SIGMA)
 
 
+def _features(encoder: Encoder, images: Tensor) -> list[Tensor]:
+    """Feature maps of all bands, per level (n, n_bands * channels, h', w'), from images (n, n_bands, h, w)."""
+    n, n_bands = images.shape[:2]
+    levels = encoder(images.reshape(n * n_bands, 1, *images.shape[2:]))
+    return [level.reshape(n, n_bands * level.shape[1], *level.shape[2:]) for level in levels]
+
+
+class RingMeans(NamedTuple):
+    """Descriptions of some clusters by :class:`ProcessRegressor`.
+
+    Attributes:
+        values: (n, n_values).
+    """
+
+    values: Tensor
+
+    @classmethod
+    def joined(cls, parts: list[RingMeans], n_images: list[int]) -> RingMeans:
+        """Those of several batches as one."""
+        return cls(torch.cat([part.values for part in parts]))
+
+    def of(self, clusters: Tensor, n_images: int) -> RingMeans:
+        """Those of some clusters (m,)."""
+        return RingMeans(self.values[clusters])
+
+
+class ProcessRegressor(nn.Module):
+    """Network 2 as a Gaussian process on frozen features: log10 M500c and its standard deviation.
+
+    The feature maps of each band are averaged over the usable area in four rings around the centre, and compressed.
+    What each band in each ring is worth is learnt, then the mass: some twenty numbers by maximum likelihood, the rest
+    by solving equations.
+
+    Args:
+        encoder: network 1's encoder, shared by the bands.
+        n_bands: number of bands.
+        units: of its images, from :func:`make_units`.
+    """
+
+    described_by = RingMeans
+
+    def __init__(self, encoder: Encoder, n_bands: int, units: PhysicalScale | None = None) -> None:
+        super().__init__()
+        self.encoder, self.units = encoder, units
+        n_rings = len(RADIAL_EDGES)
+        band = [torch.arange(n_bands).repeat_interleave(channels) for channels in encoder.channels]
+        groups = [(one + n_bands * torch.arange(n_rings)[:, None]).flatten() for one in band]
+        self.process = GaussianProcess(torch.cat(groups))
+
+    def rescale(self, images: Tensor, noise: Tensor, z: Tensor) -> Tensor:
+        """As :meth:`MassRegressor.rescale`."""
+        return images if self.units is None else self.units.rescale(images, noise, z)
+
+    def for_maps(self, images: Tensor, valid: Tensor, noise: Tensor, z: Tensor) -> WholeImages:
+        """As :meth:`MassRegressor.for_maps`."""
+        return WholeImages(self)
+
+    def described(self, images: Tensor, valid: Tensor, z: Tensor) -> RingMeans:
+        """Compressed ring means of the features, NaN where a ring is masked; arguments as :meth:`forward`."""
+        values = []
+        for maps in _features(self.encoder, images):
+            size = (maps.shape[2], maps.shape[3])
+            rings = _rings(size, maps.device)
+            weight = F.adaptive_avg_pool2d(valid[:, None], size) * rings
+            area = weight.sum(dim=(2, 3))[..., None]
+            means = torch.einsum("nchw,nrhw->nrc", maps, weight) / area.clamp_min(1e-6)
+            seen = area > _LEAST_RING * rings.sum(dim=(2, 3))[..., None]
+            values.append(torch.where(seen, torch.asinh(means / _FAINT_FEATURE), torch.nan).flatten(1))
+        return RingMeans(torch.cat(values, dim=1))
+
+    def forward(self, images: Tensor, valid: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mass of clusters: arguments and returns as :meth:`MassRegressor.forward`."""
+        return self.from_described(self.described(images, valid, z), z)
+
+    def from_described(self, described: RingMeans, z: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, from the output of :meth:`described`."""
+        return self.process(described.values, z), self.process.sigma_dex(described.values, z)
+
+    def fit(
+        self,
+        described: RingMeans,
+        z: Tensor,
+        log10_m500c: Tensor,
+        label_err: Tensor,
+        seed: int,
+        tune: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Train, with the features as they are; arguments as :meth:`GalaxyRegressor.fit`, but ``tune`` has no say: what
+        was learnt before is learnt anew."""
+        self.process.fit(described.values, z, log10_m500c, label_err, seed, progress)
+
+
 class WholeImages(nn.Module):
-    """A :class:`MassRegressor` as attributions need it: from normalised images to one number each.
+    """A network of feature maps as attributions need it: from normalised images to one number each.
 
     Args:
         regressor: the network.
     """
 
-    def __init__(self, regressor: MassRegressor) -> None:
+    def __init__(self, regressor: MassRegressor | ProcessRegressor) -> None:
         super().__init__()
         self.regressor = regressor
         self.tap = regressor.encoder.taps[-1]
@@ -386,7 +500,7 @@ class WholeImages(nn.Module):
 
     def forward(self, images: Tensor, valid: Tensor, noise: Tensor, z: Tensor) -> Tensor:
         """log10 M500c (n,); arguments as :meth:`MassRegressor.for_maps`."""
-        return self.regressor(images, valid, z)[0]
+        return self.regressor(self.regressor.rescale(images, noise, z), valid, z)[0]
 
     def to_pixels(self, cells: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps (n, h', w') brought to (n, h, w); their sums stay."""
@@ -399,20 +513,23 @@ def to_pixels(cells: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(cells[:, None], size, mode="bilinear", align_corners=False)[:, 0] / area
 
 
-Regressor = MassRegressor | GalaxyRegressor
+Regressor = MassRegressor | GalaxyRegressor | ProcessRegressor
 
 
 def make_regressor(info: Mapping[str, Any], grid: GridConfig) -> Regressor:
     """An untrained network 2.
 
     Args:
-        info: keys ``network`` ("bands" or "galaxies"; "bands" where missing), ``encoder`` and ``use_redshift``, as in
-            model.json.
+        info: keys ``network`` ("bands" where missing), ``encoder``, ``use_redshift`` and ``units``, as in model.json.
         grid: of the images.
     """
-    if info.get("network", "bands") == "galaxies":
+    network = info.get("network", "bands")
+    if network == "galaxies":
         return GalaxyRegressor(grid)
-    return MassRegressor(Encoder(info["encoder"]), len(grid.bands), info["use_redshift"])
+    encoder, units = Encoder(info["encoder"]), make_units(info, grid)
+    if network == "gaussian-process":
+        return ProcessRegressor(encoder, len(grid.bands), units)
+    return MassRegressor(encoder, len(grid.bands), info["use_redshift"], units=units)
 
 
 def _rings(size: tuple[int, int], device: torch.device) -> Tensor:

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pix2mass.config import GridConfig
 from pix2mass.explain.attribution import DEFAULT_METHOD as DEFAULT_METHOD
 from pix2mass.explain.attribution import METHODS as METHODS
 from pix2mass.explain.attribution import band_maps, mass_maps
 from pix2mass.explain.blank_sky import blank_sky
 from pix2mass.explain.files import file_name, write_fits
-from pix2mass.model import BandClassifier, Encoder, prepare
+from pix2mass.model import BandClassifier, Encoder, make_units, prepare
 from pix2mass.predict import Predictor
 from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore
@@ -60,7 +61,7 @@ def explain(
     predictor = run if isinstance(run, Predictor) else Predictor(run)
     store = predictor.images(store if isinstance(store, ImageStore) else ImageStore.open(store))
     rows = store.rows(list(ids))
-    classifier = load_band_classifier(predictor.folder)
+    classifier = load_band_classifier(predictor.folder, predictor.grid)
     folder = out or predictor.folder / "maps"
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -74,7 +75,7 @@ def explain(
         blank = blank_sky(store, row, seed)
         maps = mass_maps(predictor, images, valid, noise, z, blank, steps, compare)
         if classifier is not None:
-            found = band_maps(classifier, images, blank, steps, compare)
+            found = band_maps(classifier, images, noise, z, blank, steps, compare)
             maps |= {f"band_{name}": values for name, values in found.items()}
         mass, mass_err = predictor.estimate(predictor.regressors[0].rescale(images, noise, z), valid, z)
         maps = {
@@ -101,12 +102,13 @@ def explain(
     return paths
 
 
-def load_band_classifier(folder: RunFolder) -> BandClassifier | None:
-    """Network 1 of a run with its head, in eval mode; None if the run was not pretrained by telling bands."""
+def load_band_classifier(folder: RunFolder, grid: GridConfig) -> BandClassifier | None:
+    """Network 1 of a run, for images on a grid, with its head, in eval mode; None if the run was not pretrained by
+    telling bands."""
     if not (folder / "band-head.safetensors").exists():
         return None
     info = folder.read_json("pretrain.json")
-    classifier = BandClassifier(Encoder(info["encoder"]), len(info["bands"]))
+    classifier = BandClassifier(Encoder(info["encoder"]), len(info["bands"]), make_units(info, grid))
     classifier.encoder.load_state_dict(folder.load_weights("encoder"))
     classifier.head.load_state_dict(folder.load_weights("band-head"))
     return classifier.eval()

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from pix2mass.model import BandClassifier, Regressor, dihedral, to_pixels
 from pix2mass.predict import Predictor
+from pix2mass.stretch import sinh
 
 METHODS = {
     "joint": "joint map",
@@ -49,7 +50,7 @@ METHODS = {
     "occlusion": "occlusion",
 }
 """Name in files -> what to call it. The last three are made for comparison only."""
-DEFAULT_METHOD = {"bands": "joint", "galaxies": "cam"}
+DEFAULT_METHOD = {"bands": "joint", "gaussian-process": "joint", "galaxies": "cam"}
 """Kind of network 2 -> the method that finds true member galaxies best on mock clusters: benchmarks/explain.py."""
 _BATCH = 16
 _NEXT_NETWORK = 7
@@ -130,13 +131,21 @@ def mass_maps(
 
 
 def band_maps(
-    classifier: BandClassifier, images: Tensor, blank: Tensor, steps: int, compare: bool = False
+    classifier: BandClassifier,
+    images: Tensor,
+    noise: Tensor,
+    z: Tensor,
+    blank: Tensor,
+    steps: int,
+    compare: bool = False,
 ) -> dict[str, Any]:
     """Maps of network 1: why it takes each band's image of one cluster for that band.
 
     Args:
         classifier: network 1 with its head.
         images: (1, n_bands, h, w), as for :func:`mass_maps`.
+        noise: (1, n_bands), as there.
+        z: (1,), as there.
         blank: (n_draws, n_bands, h, w), as there.
         steps: as there.
         compare: as there.
@@ -146,7 +155,12 @@ def band_maps(
         ``log_odds`` and ``log_odds_blank_sky`` (n_bands,), of the true band; ``completeness_error`` (n_bands,).
     """
 
+    units = classifier.units
+    grows = None if units is None else units.per_noise(noise, z)[0]
+
     def log_odds(images: Tensor, band: Tensor) -> Tensor:
+        if grows is not None:
+            images = torch.asinh(sinh(images) * grows[band][:, None, None, None])
         logits = classifier(images)
         own = logits.gather(1, band[:, None])
         others = logits.scatter(1, band[:, None], -torch.inf)

@@ -70,7 +70,7 @@ def write_report(folder: RunFolder) -> Path:
     metrics = files.json("metrics.json", "no scores, baselines and bins are shown")
     out_of_fold = files.out_of_fold()
     model = files.json("model.json", "the prior and the range of the training are not shown")
-    has_network_1 = model.get("network", "bands") == "bands"
+    has_network_1 = model.get("network", "bands") != "galaxies"
     pretrain = files.json("pretrain.json", "nothing is said about network 1") if has_network_1 else {}
     provenance = files.json("provenance.json", "command, versions and seed are not shown")
     stages = files.json("stages.json", "times are not shown")

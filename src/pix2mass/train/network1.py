@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from astropy import units as u
 from astropy.coordinates import SkyCoord, search_around_sky
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pix2mass.config import PretrainConfig
@@ -21,8 +21,10 @@ from pix2mass.model import (
     ViewMatcher,
     dihedral,
     in_noise,
+    make_units,
 )
 from pix2mass.run import RunFolder, digest
+from pix2mass.scale import PhysicalScale
 from pix2mass.store import ImageStore
 from pix2mass.stretch import asinh
 from pix2mass.train.fit import PREDICT_BATCH, Progress, as_tensors, fit, loader, split
@@ -63,6 +65,9 @@ def pretrain(
         raise Pix2massError(
             f"bands: {store.path} holds {store.grid.bands!r}, {test_store.path} holds {test_store.grid.bands!r}"
         )
+    if config.units == "l-star":
+        for one in (store, *([test_store] if test_store else [])):
+            _check_redshifts(one)
     key = digest("pretrain", config, seed, store.checksum, test_store.checksum if test_store else None)
     if folder.is_done("pretrain", key, folder / "encoder.safetensors", folder / "pretrain.json"):
         return load_encoder(folder)
@@ -87,6 +92,7 @@ def pretrain(
             {
                 "task": config.task,
                 "encoder": config.encoder,
+                "units": config.units,
                 "bands": store.grid.bands,
                 "grid": store.grid.model_dump(mode="json"),
                 **facts,
@@ -154,7 +160,8 @@ def _train_classifier(
     store: ImageStore, parts: Parts, config: PretrainConfig, seed: int, checkpoints: Path, progress: Progress | None
 ) -> BandClassifier:
     """Network 1 of the task "bands"."""
-    classifier = BandClassifier(_new_encoder(store, config, seed), len(store.grid.bands))
+    units = make_units({"units": config.units}, store.grid)
+    classifier = BandClassifier(_new_encoder(store, config, seed), len(store.grid.bands), units)
 
     def batch(light: Tensor, band: Tensor, rng: np.random.Generator, training: bool) -> tuple[Tensor, Tensor]:
         return _another_view(light, config, rng) if training else asinh(light), band
@@ -167,7 +174,7 @@ def _train_matcher(
     store: ImageStore, parts: Parts, config: PretrainConfig, seed: int, checkpoints: Path, progress: Progress | None
 ) -> ViewMatcher:
     """Network 1 of the contrastive task: views differ by rotation, reflection, gain, a small shift and added noise."""
-    matcher = ViewMatcher(_new_encoder(store, config, seed))
+    matcher = ViewMatcher(_new_encoder(store, config, seed), make_units({"units": config.units}, store.grid))
 
     def batch(light: Tensor, band: Tensor, rng: np.random.Generator, training: bool) -> tuple[Tensor, Tensor]:
         views = [_another_view(light, config, rng, config.noise_jitter) for _ in range(2)]
@@ -187,7 +194,7 @@ def _new_encoder(store: ImageStore, config: PretrainConfig, seed: int) -> Encode
 
 
 def _another_view(light: Tensor, config: PretrainConfig, rng: np.random.Generator, noise: float = 0.0) -> Tensor:
-    """Each single-band image (m, 1, h, w; flux over noise) turned or mirrored, with another gain and, if asked for,
+    """Each single-band image (m, 1, h, w; light in its units) turned or mirrored, with another gain and, if asked for,
     more noise; as network 1 takes it."""
     views = torch.from_numpy(rng.integers(8, size=len(light)))
     gain = np.exp(config.gain_jitter * rng.standard_normal(len(light))).astype(np.float32)
@@ -202,7 +209,7 @@ def _another_view(light: Tensor, config: PretrainConfig, rng: np.random.Generato
 
 
 def _fit_on_single_bands(
-    network: nn.Module,
+    network: BandClassifier | ViewMatcher,
     batch: Callable[[Tensor, Tensor, np.random.Generator, bool], tuple[Tensor, Tensor]],
     store: ImageStore,
     parts: Parts,
@@ -215,7 +222,7 @@ def _fit_on_single_bands(
 
     Args:
         network: gives a logit to each answer.
-        batch: from images (flux over noise), their bands, random numbers and whether this is training: the network's
+        batch: from images (light in its units), their bands, random numbers and whether this is training: the network's
             images and answers.
         store: images.
         parts: rows to train on, and rows to choose the epoch by.
@@ -228,7 +235,7 @@ def _fit_on_single_bands(
     def reader(rows: np.ndarray) -> Callable[[int, np.ndarray], dict[str, Any]]:
         def read(epoch: int, indices: np.ndarray) -> dict[str, Any]:
             rng = np.random.default_rng([seed, max(epoch, 0), int(indices[0])])
-            images, answer = batch(*_single_band_images(store, rows[indices]), rng, epoch >= 0)
+            images, answer = batch(*_single_band_images(store, rows[indices], network.units), rng, epoch >= 0)
             return {"images": images, "answer": answer}
 
         return read
@@ -253,16 +260,28 @@ def _fit_on_single_bands(
     )
 
 
+def _check_redshifts(store: ImageStore) -> None:
+    missing = np.flatnonzero(~np.isfinite(store.z))
+    if len(missing):
+        raise Pix2massError(
+            f"{store.path}: units 'l-star' need the redshift of every image, {len(missing)} have none "
+            f"({', '.join(store.ids[row] for row in missing[:5])}); give them or use --units noise"
+        )
+
+
 def _has_band(store: ImageStore, rows: np.ndarray) -> np.ndarray:
     """Whether each cutout has a noise level in each band, (n, n_bands)."""
     return np.isfinite(store.noise[rows])
 
 
-def _single_band_images(store: ImageStore, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """All sufficiently covered single-band images of some rows (m, 1, h, w; flux over noise), and the number of their
-    band (m,)."""
+def _single_band_images(store: ImageStore, rows: np.ndarray, units: PhysicalScale | None) -> tuple[Tensor, Tensor]:
+    """All sufficiently covered single-band images of some rows (m, 1, h, w; light in its units), and the number of
+    their band (m,)."""
     flux, mask, noise = as_tensors(store, rows)
     light = in_noise(flux, mask, noise)
+    if units is not None:
+        z = torch.tensor(store.z[rows], dtype=torch.float32)
+        light *= units.per_noise(noise, z)[..., None, None]
     covered = (~mask).float().mean(dim=(2, 3)) >= _MIN_BAND_COVERAGE
     if not covered.any():  # a batch must not be empty; these images are the least bad
         covered = torch.isfinite(noise)
@@ -276,7 +295,7 @@ def band_confusion(classifier: BandClassifier, store: ImageStore, rows: np.ndarr
     confusion = np.zeros((n_bands, n_bands), int)
     usable = rows[_has_band(store, rows).any(axis=1)]
     for start in range(0, len(usable), PREDICT_BATCH):
-        light, band = _single_band_images(store, usable[start : start + PREDICT_BATCH])
+        light, band = _single_band_images(store, usable[start : start + PREDICT_BATCH], classifier.units)
         np.add.at(confusion, (band.numpy(), classifier(asinh(light)).argmax(dim=1).numpy()), 1)
     return confusion
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pix2mass.calibrate import Shrinkage, TrainingPrior, cross_calibrate, fit_calibration
 from pix2mass.config import GridConfig, PretrainConfig, TrainConfig
-from pix2mass.galaxies import Described, GalaxyRegressor
+from pix2mass.galaxies import GalaxyRegressor
 from pix2mass.model import (
     MassRegressor,
+    ProcessRegressor,
     Regressor,
     combine,
     dihedral,
@@ -114,7 +115,7 @@ def train(
     checkpoints = folder / "checkpoints" / f"{name}-{key}"
     checkpoints.mkdir(parents=True, exist_ok=True)
     n_folds = int(fold.max()) + 1
-    n_networks = 1 if config.network == "galaxies" else n_folds
+    n_networks = n_folds if config.network == "bands" else 1
     empty = set(range(n_folds)) - set(fold.tolist())
     if empty:
         raise Pix2massError(f"fold {min(empty)} has no cluster with a mass and usable pixels; use fewer folds")
@@ -122,7 +123,7 @@ def train(
         if name == "train":  # what an earlier training left must not be taken for this one's, should this one stop
             for old in (table_path, folder / "model.json", *folder.path.glob("fold-*.safetensors")):
                 old.unlink(missing_ok=True)
-        train_folds = _train_galaxies if config.network == "galaxies" else _train_bands
+        train_folds = _train_bands if config.network == "bands" else _train_described
         mean, sigma = train_folds(start, store, data, fold, config, seed, checkpoints, progress)
         known = (mean, sigma, data.z, data.label, data.label_err)
         posterior, shapes = cross_calibrate(*known, fold)
@@ -147,7 +148,7 @@ def train(
                     "grid": store.grid.model_dump(mode="json"),
                     **start.info,
                     "folds": n_networks,
-                    "views": 1 if config.network == "galaxies" else config.views,
+                    "views": config.views if config.network == "bands" else 1,
                     "calibration": calibration.as_json(),
                     "shrinkage": Shrinkage.fit(posterior.centre, data.label, data.label_err).as_json(),
                     "training_prior": TrainingPrior.fit(data.label, data.label_err, data.z).as_json(),
@@ -180,8 +181,8 @@ class _Start:
     """What the training of network 2 starts from.
 
     Attributes:
-        info: what model.json says of the network: ``network``, ``encoder``, ``use_redshift`` and, where it starts from
-            a whole network, ``started_from``, what that one was trained on.
+        info: what model.json says of the network: ``network``, ``encoder``, ``units``, ``use_redshift`` and, where it
+            starts from a whole network, ``started_from``, what that one was trained on.
         grid: of the images.
         weights: of the whole network 2, or of its encoder alone; None starts from random ones.
         whole: whether they are the whole network's, scaler included.
@@ -196,7 +197,12 @@ class _Start:
 
     @classmethod
     def of(cls, config: TrainConfig, folder: RunFolder, store: ImageStore) -> _Start:
-        info: dict[str, Any] = {"network": config.network, "encoder": None, "use_redshift": config.use_redshift}
+        info: dict[str, Any] = {
+            "network": config.network,
+            "encoder": None,
+            "units": "noise",
+            "use_redshift": config.use_redshift,
+        }
         if config.start_from is not None:
             source = RunFolder.open(config.start_from)
             made = source.read_json("model.json")
@@ -210,6 +216,7 @@ class _Start:
             weights = source.load_weights("fold-0")
             info |= {
                 "encoder": made["encoder"],
+                "units": made.get("units", "noise"),
                 "started_from": f"{made['calibration']['n']} clusters, {made['trained_on']}",
             }
             return cls(info, store.grid, weights, True, digest(_fingerprint(weights)))
@@ -218,7 +225,8 @@ class _Start:
         if config.from_scratch and not (folder / "pretrain.json").exists():
             return cls({**info, "encoder": PretrainConfig().encoder}, store.grid, None, False, None)
         pretrained = folder.read_json("pretrain.json")
-        info["encoder"], key = pretrained["encoder"], folder.stages.get("pretrain", {}).get("key")
+        info |= {"encoder": pretrained["encoder"], "units": pretrained.get("units", "noise")}
+        key = folder.stages.get("pretrain", {}).get("key")
         if config.from_scratch:
             return cls(info, store.grid, None, False, key)
         _same_bands(pretrained["bands"], store, f"{folder.path}: network 1 was")
@@ -305,7 +313,7 @@ def _keep(values: Any, path: Path) -> None:
     part.replace(path)
 
 
-def _train_galaxies(
+def _train_described(
     start: _Start,
     store: ImageStore,
     data: _Labelled,
@@ -315,13 +323,13 @@ def _train_galaxies(
     checkpoints: Path,
     progress: Progress | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As :func:`_train_bands`: the sources in the images are found once for all folds. The network that is kept, as
-    ``fold-0.pt``, is fitted to all labels; those of the folds tell its errors."""
+    """As :func:`_train_bands`: the images are described once for all folds. The network that is kept, as ``fold-0.pt``,
+    is fitted to all labels; those of the folds tell its errors."""
 
-    def new() -> GalaxyRegressor:
+    def new() -> GalaxyRegressor | ProcessRegressor:
         regressor = start.regressor(seed)
-        assert isinstance(regressor, GalaxyRegressor)
-        return regressor
+        assert not isinstance(regressor, MassRegressor)
+        return regressor.eval()
 
     n_folds = int(fold.max()) + 1
     kept, regressor = checkpoints / "described.pt", new()
@@ -334,12 +342,12 @@ def _train_galaxies(
                 sizes.append(len(part))
                 if progress:
                     progress(int(part[-1]) + 1, len(data))
-        _keep(tuple(Described.joined(parts, sizes)), kept)
-    described = Described(*torch.load(kept, weights_only=True))
+        _keep(tuple(regressor.described_by.joined(parts, sizes)), kept)
+    described = regressor.described_by(*torch.load(kept, weights_only=True))
     z, label, label_err = (torch.tensor(v, dtype=torch.float32) for v in (data.z, data.label, data.label_err))
     mean, sigma = np.full(len(data), np.nan), np.full(len(data), np.nan)
 
-    def fitted(k: int, train: Tensor) -> GalaxyRegressor:
+    def fitted(k: int, train: Tensor) -> GalaxyRegressor | ProcessRegressor:
         """The network of fold k, or of all clusters, k = n_folds."""
         regressor, weights = new(), checkpoints / f"part-{k}.pt"
         if weights.exists():
