@@ -77,6 +77,16 @@ def test_a_missing_value_is_taken_for_an_average_one_and_widens_nothing_else():
     assert torch.isfinite(process(values, z)).all() and torch.isfinite(process.sigma_dex(values, z)).all()
 
 
+def test_values_that_no_cluster_has_or_that_never_change_say_nothing():
+    values, z, _, label, error = sample(60)
+    values[:, 2], values[:, 5] = torch.nan, 3.0
+    process = GaussianProcess(torch.tensor([0, 0, 0, 1, 1, 1]))
+    process.fit(values, z, label, error, 1)
+    other = values.clone()
+    other[:, 2], other[:, 5] = 7.0, 3.0 + 1e-4
+    torch.testing.assert_close(process(other, z), process(values, z), atol=1e-3, rtol=0)
+
+
 def test_it_comes_back_from_its_state_and_far_from_all_labels_it_says_so():
     process = fitted(30)
     copy = GaussianProcess(torch.tensor([0, 0, 0, 1, 1, 1]))

@@ -547,7 +547,9 @@ class TrainConfig(OptimConfig):
         if self.network != "bands" and not self.use_redshift:
             raise ValueError(f"network = {self.network!r} needs use_redshift")
         if self.network == "gaussian-process" and (self.start_from is not None or not self.freeze_encoder):
-            raise ValueError("network = 'gaussian-process' keeps network 1's features: no start_from, freeze_encoder")
+            raise ValueError(
+                "network = 'gaussian-process' keeps network 1's features: leave out start_from and freeze_encoder"
+            )
         return self
 
 

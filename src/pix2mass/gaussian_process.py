@@ -18,6 +18,8 @@ _STEPS, _RATE = 80, 0.1
 _MOST_TO_LEARN = 1000
 """Labels that the relevances are learnt from; the prediction uses all."""
 _JITTER = 1e-6
+_LEAST_SPREAD = 0.02
+"""Of a value over the clusters: one that hardly changes tells nothing, and must not where it does change."""
 _UNIT_DEX = 0.4
 """What a value of the process is worth; of no account, but for where the learning starts."""
 _RELEVANCE, _CHANGE, _SIZE, _LEVEL, _NOISE = 0.2, 0.15, 2.0, 0.5, 0.1
@@ -86,10 +88,11 @@ class GaussianProcess(nn.Module):
             progress: called with (steps done, steps in all).
         """
         there = torch.isfinite(values)
-        n_there = there.sum(dim=0).clamp_min(1)
-        self.value_mean.copy_(torch.nan_to_num(values).sum(dim=0) / n_there)
-        spread = torch.nan_to_num(values - self.value_mean).square().sum(dim=0) / n_there
-        self.value_scale.copy_(spread.sqrt().clamp_min(1e-6))
+        n_there = there.sum(dim=0)
+        self.value_mean.copy_(torch.nan_to_num(values).sum(dim=0) / n_there.clamp_min(1))
+        spread = torch.nan_to_num(values - self.value_mean).square().sum(dim=0) / n_there.clamp_min(1)
+        scale = spread.sqrt().clamp_min(_LEAST_SPREAD)
+        self.value_scale.copy_(torch.where(n_there > 0, scale, torch.inf))
         self.z_scale.copy_(torch.stack([z.double().mean(), z.double().std(correction=0).clamp_min(1e-3)]))
         self.mean.copy_(log10_m500c.double().mean())
         known, known_z = self._scaled(values, z)
