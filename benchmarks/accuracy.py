@@ -116,7 +116,7 @@ def run_recipe(name: str, surveys: Surveys) -> tuple[RunFolder, RunConfig, float
     n = surveys.sizes["sim" if sky(config).configuration == "sim" else "labelled"]
     folder = RunFolder(surveys.cache / f"run-{name}-{n}")
     # A finished recipe needs its images no more: they may be removed, 20 GB of them.
-    key = digest(config.model_dump(mode="json"), surveys.sizes["unlabelled"] if train.network == "bands" else 0)
+    key = digest(config.model_dump(mode="json"), surveys.sizes["unlabelled"] if train.network != "galaxies" else 0)
     if not folder.is_done("recipe", key, folder / "model.json"):
         with folder.stage("recipe", key):
             _train_recipe(name, config, train, folder, n, surveys)
@@ -134,7 +134,7 @@ def _train_recipe(
     assert config.mock is not None
     if config.mock.label_scatter_dex == 0:
         catalog["log10_m500c"], catalog["log10_m500c_err"] = catalog["log10_m500c_true"], 0.0
-    if train.network == "bands" and not train.from_scratch:
+    if train.network != "galaxies" and not train.from_scratch:
         _, unlabelled = surveys(sky(config), config.grid, "unlabelled", surveys.sizes["unlabelled"], config.seed)
         with reporter(f"{name}: pretraining") as progress:
             pretrain(unlabelled, folder, config.pretrain, config.seed, None, progress)

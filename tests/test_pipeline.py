@@ -30,8 +30,10 @@ width_arcsec = 80.0
 n_pixels = 16
 [pretrain]
 epochs = 2
+units = "{units}"
 accelerator = "cpu"
 [train]
+network = "{network}"
 folds = 2
 views = 1
 epochs = 40
@@ -57,7 +59,8 @@ def write_images(catalog: QTable, folder) -> None:
 
 
 @pytest.mark.slow
-def test_own_images_and_labels_from_catalogue_to_report(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("network", "units"), [("bands", "noise"), ("gaussian-process", "l-star")])
+def test_own_images_and_labels_from_catalogue_to_report(tmp_path, monkeypatch, capsys, network, units):
     labelled, unlabelled = toy_catalog(90, 1), toy_catalog(20, 2, "blank")
     (tmp_path / "images").mkdir()
     write_images(labelled, tmp_path / "images")
@@ -72,7 +75,7 @@ def test_own_images_and_labels_from_catalogue_to_report(tmp_path, monkeypatch, c
     labelled.remove_columns(["log10_m500c_true", "group"])
     labelled.write(tmp_path / "labelled.ecsv")
     unlabelled["id", "ra_deg", "dec_deg", "z"].write(tmp_path / "unlabelled.ecsv")
-    (tmp_path / "own.toml").write_text(CONFIG.format(folder=tmp_path))
+    (tmp_path / "own.toml").write_text(CONFIG.format(folder=tmp_path, network=network, units=units))
 
     monkeypatch.setattr("sys.argv", ["pix2mass", "run", str(tmp_path / "own.toml"), "--out", str(tmp_path / "run")])
     with warnings.catch_warnings(), pytest.raises(SystemExit) as stop:

@@ -272,8 +272,8 @@ def test_the_map_to_look_at_first_comes_first(tmp_path, method, title):
     assert [alt.partition(" of a: ")[0] for alt in alts][:2] == ["Image", title]
     assert ["contours: light" in alt for alt in alts[:4]] == [False, True, False, False]
     first, second = map_figure(folder / "maps" / "a.npz").axes[:2]
-    assert first.get_title() == f"image, contours of the {title.lower()}"
-    assert second.get_title() == f"{title.lower()}, contours of the light"
+    assert first.get_title().split() == f"image, contours of the {title.lower()}".split()
+    assert second.get_title().split() == f"{title.lower()}, contours of the light".split()
     (shown,) = second.images
     expected = np.load(folder / "maps" / "a.npz")[method]
     seen = np.asarray(shown.get_array())

@@ -469,7 +469,7 @@ def run(config: RunConfig, folder: RunFolder, workers: Workers, reporter: Report
     """
     folder.write_config(**{name: getattr(config, name) for name in RunConfig.model_fields})
     survey = _survey(config, folder, workers, reporter)
-    if config.train.network == "bands":
+    if config.train.network != "galaxies":
         with reporter("pretraining network 1") as progress:
             pretrain(survey.unlabelled_store, folder, config.pretrain, config.seed, survey.labelled_store, progress)
     train_run(folder, survey.labelled_store, survey.labelled, config.train, config.seed, reporter)

@@ -90,10 +90,10 @@ def _draw_mass(axes: Any, one: ClusterMap) -> None:
     maps = one.of_mass()
     draw_composite(axes[0], one)
     _contour(axes[0], one, maps[0][2], "white")
-    axes[0].set_title(f"image, contours of the {maps[0][0]}")
+    axes[0].set_title(f"image, contours of\nthe {maps[0][0]}")
     for ax, (title, _, values) in zip(axes[1:], maps, strict=True):
         draw_signed(ax, one, values, _DEX, contours=ax is axes[1])
-        ax.set_title(title + (", contours of the light" if ax is axes[1] else ""))
+        ax.set_title(title + (",\ncontours of the light" if ax is axes[1] else ""))
 
 
 def _draw_band(ax: Axes, one: ClusterMap, index: int) -> None:

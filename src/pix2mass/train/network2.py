@@ -343,7 +343,7 @@ def _train_described(
                 if progress:
                     progress(int(part[-1]) + 1, len(data))
         _keep(tuple(regressor.described_by.joined(parts, sizes)), kept)
-    described = regressor.described_by(*torch.load(kept, weights_only=True))
+    described: Any = regressor.described_by(*torch.load(kept, weights_only=True))
     z, label, label_err = (torch.tensor(v, dtype=torch.float32) for v in (data.z, data.label, data.label_err))
     mean, sigma = np.full(len(data), np.nan), np.full(len(data), np.nan)
 
