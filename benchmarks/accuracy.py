@@ -116,7 +116,9 @@ def run_recipe(name: str, surveys: Surveys) -> tuple[RunFolder, RunConfig, float
     n = surveys.sizes["sim" if sky(config).configuration == "sim" else "labelled"]
     folder = RunFolder(surveys.cache / f"run-{name}-{n}")
     # A finished recipe needs its images no more: they may be removed, 20 GB of them.
-    key = digest(config.model_dump(mode="json"), surveys.sizes["unlabelled"] if train.network != "galaxies" else 0)
+    alone = train.network == "galaxies"
+    settings = config.model_dump(mode="json", exclude={"pretrain"} if alone else None)
+    key = digest(settings, 0 if alone else surveys.sizes["unlabelled"])
     if not folder.is_done("recipe", key, folder / "model.json"):
         with folder.stage("recipe", key):
             _train_recipe(name, config, train, folder, n, surveys)

@@ -36,7 +36,7 @@ from pix2mass.explain.blank_sky import blank_sky
 from pix2mass.images.mock import population
 from pix2mass.images.mock.render import render
 from pix2mass.images.mock.source import MockSource, draw_camera
-from pix2mass.model import prepare
+from pix2mass.model import ProcessRegressor, prepare
 from pix2mass.pipeline import labelled_store
 from pix2mass.predict import Predictor
 from pix2mass.run import RunFolder
@@ -251,6 +251,8 @@ def shuffled_run(run: RunFolder, store: ImageStore) -> Predictor:
     for name in ("encoder.safetensors", "pretrain.json", "provenance.json"):
         if (run / name).exists():
             shutil.copy(run / name, folder / name)
+    if "pretrain" in run.stages:  # another network 1 makes another network 2
+        folder.write_json("stages.json", {**folder.stages, "pretrain": run.stages["pretrain"]})
     catalog = read_catalog(run / "catalog.ecsv")
     order = np.random.default_rng(SEED).permutation(len(catalog))
     for name in ("log10_m500c", "log10_m500c_err"):
@@ -550,8 +552,12 @@ def main() -> None:
     # Do the maps depend on the weights, and on the labels?
     names = ("joint", "integrated_gradients", "cam")
     broken = Predictor(run)
-    random_weights(broken)
-    others = {"random weights": broken}
+    others = {}
+    if any(isinstance(regressor, ProcessRegressor) for regressor in broken.regressors):
+        print("random weights: not for a Gaussian process, which gives far values the mean mass whatever they are")
+    else:
+        random_weights(broken)
+        others["random weights"] = broken
     if not options.without_training:
         others["shuffled labels"] = shuffled_run(run, labelled)
     print(f"{'rank correlation with the |map| of':<38} " + " ".join(f"{METHODS[name]:>22}" for name in names))

@@ -113,6 +113,13 @@ def test_all_mistakes_are_listed_at_once():
         (BuildConfig, {"hips": True, "frames": "a"}, "give one source of images"),
         (BuildConfig, {"frames": "a", "cutouts": "b"}, "give one source of images"),
         (PretrainConfig, {"epochs": 0}, "epochs"),
+        (PretrainConfig, {"task": "contrastive", "units": "l-star"}, "'contrastive' needs units = 'noise'"),
+        (
+            TrainConfig,
+            {"network": "gaussian-process", "freeze_encoder": False},
+            "leave out start_from and freeze_encoder",
+        ),
+        (TrainConfig, {"network": "gaussian-process", "use_redshift": False}, "needs use_redshift"),
     ],
 )
 def test_contradictions_are_refused(config_class, values, message):

@@ -271,3 +271,6 @@ def test_a_ring_without_pixels_says_nothing_and_the_others_stay():
     torch.testing.assert_close(rings[:, 0], whole[:, first].unflatten(1, (4, 3, 16))[:, 0], atol=0.2, rtol=0.2)
     mean, sigma = regressor(light, inner, z)
     assert torch.isfinite(mean).all() and torch.isfinite(sigma).all()
+    light[:, 1] = 0.0  # a band that is missing
+    rings = regressor.described(light, valid, z).values[:, first].unflatten(1, (4, 3, 16))
+    assert torch.isnan(rings[:, :, 1]).all() and not torch.isnan(rings[:, :, [0, 2]]).any()

@@ -403,6 +403,10 @@ def test_units_of_l_star_need_redshifts(toy, tmp_path):
         patch.setattr(store, "z", z)
         with pytest.raises(Pix2massError, match=r"'l-star' need the redshift of every image, 2 have none"):
             pretrain(store, RunFolder(tmp_path / "run"), PretrainConfig(units="l-star"), 1)
+    folder = RunFolder(tmp_path / "whole")
+    pretrain(store, folder, PretrainConfig(units="l-star", epochs=1, accelerator="cpu"), 1)
+    with pytest.raises(Pix2massError, match=r"units 'l-star', which tell the redshift"):
+        train(store, catalog, folds(90), folder, TRAIN.model_copy(update={"use_redshift": False}), 1)
 
 
 def test_fine_tuning_starts_from_another_run(counting, toy, tmp_path):

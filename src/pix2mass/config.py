@@ -490,7 +490,8 @@ class PretrainConfig(OptimConfig):
     the same image."""
     units: Literal["noise", "l-star"] = "noise"
     """Units of the images, for both networks: 'noise', that of each image; 'l-star', the light of an L* red galaxy at
-    the cluster's redshift, which makes galaxies of clusters look alike at all redshifts. Needs redshifts of all."""
+    the cluster's redshift, which makes galaxies of clusters look alike at all redshifts. Needs redshifts of all, and
+    shows the depth of the images, which was tried on mock images of one depth alone."""
     encoder: str = "small"
     """'small' (made for 2 cores); any convolutional timm model, e.g. resnet18, built with in_chans=1; or your own as
     'module:function'."""
@@ -502,6 +503,12 @@ class PretrainConfig(OptimConfig):
     """Noise added to the views of the contrastive task, in units of the image's own."""
     epochs: int = Field(default=6, ge=1)
     """Most passes over the images."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.task == "contrastive" and self.units != "noise":
+            raise ValueError("task = 'contrastive' needs units = 'noise': noise is added to its views")
+        return self
 
 
 class TrainConfig(OptimConfig):
@@ -515,7 +522,7 @@ class TrainConfig(OptimConfig):
     """'bands': features of each band by itself, from network 1 (the paper's way), and a network on them.
     'gaussian-process': the same features, kept as they are, and a Gaussian process on their means in rings. 'galaxies':
     sources of the image are weighed and counted; needs no network 1. The last two need the redshift; of the settings
-    below folds and fold_separation_deg have a say, of 'galaxies' start_from too."""
+    here folds and fold_separation_deg have a say, of 'galaxies' start_from too."""
     start_from: Path | None = None
     """Run folder whose first network 2 the training starts from, scaler included: fine-tuning, say after training on
     mock clusters. A network of bands goes on learning (give a lower learning rate); of one of galaxies the masses are

@@ -25,7 +25,7 @@ _UNIT_DEX = 0.4
 _RELEVANCE, _CHANGE, _SIZE, _LEVEL, _NOISE = 0.2, 0.15, 2.0, 0.5, 0.1
 """Where it starts: of the groups; how fast the mass changes with redshift at equal values; the variance of the masses;
 that of a line in redshift; that of true masses at equal values."""
-_GROWN = ("known", "known_z", "answer", "root")
+_GROWN = ("known", "known_z", "known_error", "answer")
 
 
 class GaussianProcess(nn.Module):
@@ -46,8 +46,8 @@ class GaussianProcess(nn.Module):
     mean: Tensor
     known: Tensor
     known_z: Tensor
+    known_error: Tensor
     answer: Tensor
-    root: Tensor
 
     def __init__(self, groups: Tensor) -> None:
         super().__init__()
@@ -61,11 +61,13 @@ class GaussianProcess(nn.Module):
         self.register_buffer("mean", torch.zeros((), dtype=torch.double))
         for name in _GROWN:
             self.register_buffer(name, torch.zeros(0))
+        self._factor: Tensor | None = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in _GROWN:  # as many clusters as the file has
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name]))
+        self._factor = None
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def fit(
@@ -112,7 +114,7 @@ class GaussianProcess(nn.Module):
         with torch.no_grad():
             root = self._root(known, known_z, error)
             self.answer = torch.cholesky_solve(wanted[:, None], root)[:, 0]
-            self.known, self.known_z, self.root = known.float(), known_z, root.float()
+            self.known, self.known_z, self.known_error, self._factor = known.float(), known_z, error, root
 
     def forward(self, values: Tensor, z: Tensor) -> Tensor:
         """Mean (m,) of log10 M500c, of clusters with values (m, p) and redshifts (m,)."""
@@ -123,7 +125,9 @@ class GaussianProcess(nn.Module):
         """Standard deviation (m,) of the true log10 M500c, dex; arguments as :meth:`forward`."""
         size, level, noise = self.log_parameters[-3:].exp()
         prior = size + level * (1 + self._scaled(values, z)[1] ** 2)
-        taught = torch.linalg.solve_triangular(self.root.double(), self._with_known(values, z).T, upper=False)
+        if self._factor is None:  # not kept in files: it is the square of the number of clusters
+            self._factor = self._root(self.known.double(), self.known_z, self.known_error)
+        taught = torch.linalg.solve_triangular(self._factor, self._with_known(values, z).T, upper=False)
         variance = (prior - taught.square().sum(dim=0)).clamp_min(0) + noise
         return (_UNIT_DEX * variance.sqrt()).to(values)
 

@@ -253,12 +253,13 @@ class ViewMatcher(nn.Module):
 
     Args:
         encoder: gives the feature maps.
-        units: of its images, from :func:`make_units`.
     """
 
-    def __init__(self, encoder: Encoder, units: PhysicalScale | None = None) -> None:
+    units = None
+
+    def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.encoder, self.units = encoder, units
+        self.encoder = encoder
         n_pooled = 2 * sum(encoder.channels)
         self.head = nn.Sequential(nn.Linear(n_pooled, n_pooled), nn.ReLU(), nn.Linear(n_pooled, 32))
 
@@ -449,8 +450,9 @@ class ProcessRegressor(nn.Module):
         return WholeImages(self)
 
     def described(self, images: Tensor, valid: Tensor, z: Tensor) -> RingMeans:
-        """Compressed ring means of the features, NaN where a ring is masked; arguments as :meth:`forward`."""
-        values = []
+        """Compressed ring means of the features, NaN where a ring is masked or a band has no pixels; arguments as
+        :meth:`forward`."""
+        values, missing = [], (images == 0).all(dim=3).all(dim=2)
         for maps in _features(self.encoder, images):
             size = (maps.shape[2], maps.shape[3])
             rings = _rings(size, maps.device)
@@ -458,7 +460,8 @@ class ProcessRegressor(nn.Module):
             area = weight.sum(dim=(2, 3))[..., None]
             means = torch.einsum("nchw,nrhw->nrc", maps, weight) / area.clamp_min(1e-6)
             seen = area > _LEAST_RING * rings.sum(dim=(2, 3))[..., None]
-            values.append(torch.where(seen, torch.asinh(means / _FAINT_FEATURE), torch.nan).flatten(1))
+            there = ~missing.repeat_interleave(maps.shape[1] // missing.shape[1], dim=1)
+            values.append(torch.where(seen & there[:, None], torch.asinh(means / _FAINT_FEATURE), torch.nan).flatten(1))
         return RingMeans(torch.cat(values, dim=1))
 
     def forward(self, images: Tensor, valid: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from pix2mass.catalog.masses import MassDefinition, to_m500c
 from pix2mass.config import BaselineConfig, BuildConfig, GridConfig, MockConfig, PretrainConfig, RunConfig, TrainConfig
 from pix2mass.distribute import Workers
 from pix2mass.evaluate import baselines, baselines_from, evaluate
-from pix2mass.explain import explain
+from pix2mass.explain import DEFAULT_METHOD, explain
 from pix2mass.images.archive import Folder, Http, open_archive
 from pix2mass.images.cutouts import CutoutSource, write_cutout
 from pix2mass.images.frame_index import FrameIndex
@@ -489,7 +489,7 @@ def run(config: RunConfig, folder: RunFolder, workers: Workers, reporter: Report
             "metrics.json", {**folder.read_json("metrics.json"), "unlabelled": _unlabelled(folder, survey)}
         )
     ids = choose_clusters(folder, config.explain.n_clusters)
-    key = digest("explain", trained, config.explain, ids)
+    key = digest("explain", trained, config.explain, ids, DEFAULT_METHOD)
     if not folder.is_done("explain", key, folder / "maps"):
         with folder.stage("explain", key), reporter("drawing attribution maps") as progress:
             shutil.rmtree(folder / "maps", ignore_errors=True)

@@ -65,9 +65,6 @@ def pretrain(
         raise Pix2massError(
             f"bands: {store.path} holds {store.grid.bands!r}, {test_store.path} holds {test_store.grid.bands!r}"
         )
-    if config.units == "l-star":
-        for one in (store, *([test_store] if test_store else [])):
-            _check_redshifts(one)
     key = digest("pretrain", config, seed, store.checksum, test_store.checksum if test_store else None)
     if folder.is_done("pretrain", key, folder / "encoder.safetensors", folder / "pretrain.json"):
         return load_encoder(folder)
@@ -161,6 +158,8 @@ def _train_classifier(
 ) -> BandClassifier:
     """Network 1 of the task "bands"."""
     units = make_units({"units": config.units}, store.grid)
+    if config.units == "l-star":
+        _check_redshifts(store, np.concatenate(parts))
     classifier = BandClassifier(_new_encoder(store, config, seed), len(store.grid.bands), units)
 
     def batch(light: Tensor, band: Tensor, rng: np.random.Generator, training: bool) -> tuple[Tensor, Tensor]:
@@ -174,7 +173,7 @@ def _train_matcher(
     store: ImageStore, parts: Parts, config: PretrainConfig, seed: int, checkpoints: Path, progress: Progress | None
 ) -> ViewMatcher:
     """Network 1 of the contrastive task: views differ by rotation, reflection, gain, a small shift and added noise."""
-    matcher = ViewMatcher(_new_encoder(store, config, seed), make_units({"units": config.units}, store.grid))
+    matcher = ViewMatcher(_new_encoder(store, config, seed))
 
     def batch(light: Tensor, band: Tensor, rng: np.random.Generator, training: bool) -> tuple[Tensor, Tensor]:
         views = [_another_view(light, config, rng, config.noise_jitter) for _ in range(2)]
@@ -260,8 +259,8 @@ def _fit_on_single_bands(
     )
 
 
-def _check_redshifts(store: ImageStore) -> None:
-    missing = np.flatnonzero(~np.isfinite(store.z))
+def _check_redshifts(store: ImageStore, rows: np.ndarray) -> None:
+    missing = rows[~np.isfinite(store.z[rows])]
     if len(missing):
         raise Pix2massError(
             f"{store.path}: units 'l-star' need the redshift of every image, {len(missing)} have none "
@@ -294,6 +293,8 @@ def band_confusion(classifier: BandClassifier, store: ImageStore, rows: np.ndarr
     n_bands = len(store.grid.bands)
     confusion = np.zeros((n_bands, n_bands), int)
     usable = rows[_has_band(store, rows).any(axis=1)]
+    if classifier.units is not None:
+        _check_redshifts(store, usable)
     for start in range(0, len(usable), PREDICT_BATCH):
         light, band = _single_band_images(store, usable[start : start + PREDICT_BATCH], classifier.units)
         np.add.at(confusion, (band.numpy(), classifier(asinh(light)).argmax(dim=1).numpy()), 1)

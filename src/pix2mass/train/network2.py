@@ -92,6 +92,11 @@ def train(
         Pix2massError: bands differ from the encoder's, redshifts missing, or too few clusters.
     """
     start = _Start.of(config, folder, store)
+    if start.info["units"] == "l-star" and not config.use_redshift:
+        raise Pix2massError(
+            f"{folder.path}: network 1 takes images in units 'l-star', which tell the redshift: train with "
+            "--use-redshift, or pretrain with --units noise"
+        )
     data = _Labelled(store, catalog, config.use_redshift)
     in_data = {cluster_id: index for index, cluster_id in enumerate(data.ids)}
     fold = np.array([fold[i] for i, cluster_id in enumerate(catalog["id"]) if str(cluster_id) in in_data], dtype=int)
@@ -154,7 +159,8 @@ def train(
                     "training_prior": TrainingPrior.fit(data.label, data.label_err, data.z).as_json(),
                     "z_range": [float(data.z.min()), float(data.z.max())],
                     "label_range": [float(data.label.min()), float(data.label.max())],
-                    # Simulated edges pass no further than the centre: about half of the image is always left.
+                    # Simulated edges pass no further than the centre: about half of the image is always left. Networks
+                    # that are not trained on them make up for masked area.
                     "min_coverage": min(0.5 if config.edge_probability > 0 else 1.0, float(covered.min())),
                     "prior": "the distribution of the training labels",
                     "reference": Reference.fit(statistics, data.z, as_predicted).as_json(),
