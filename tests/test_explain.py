@@ -38,6 +38,9 @@ class HandMade(torch.nn.Module):
         self.encoder = SimpleNamespace(taps=torch.nn.ModuleList([torch.nn.Identity()]))
         self.tap = self.encoder.taps[0]
 
+    def rescale(self, images, noise, z):
+        return images
+
     def for_maps(self, images, valid, noise, z):
         return WholeImages(self)
 
