@@ -234,14 +234,29 @@ def make_case(predictor: Predictor, store: ImageStore, source: MockSource, clust
     )
 
 
-def random_weights(predictor: Predictor) -> None:
-    """Draw every weight of the networks anew; the scalers of labels and redshifts stay."""
+@torch.no_grad()
+def random_weights(predictor: Predictor, cases: list[Case]) -> None:
+    """Draw every weight of the networks anew; the scalers of labels and redshifts stay.
+
+    A Gaussian process gives values far from all it knows the mean mass, whatever its weights: its values are brought
+    back to the same mean and spread over the cases. What it has learnt, relevances and answers, is dealt anew.
+    """
     torch.manual_seed(SEED)
     for regressor in predictor.regressors:
         for module in regressor.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
         regressor.eval()
+        if isinstance(regressor, ProcessRegressor):
+            process = regressor.process
+            values = torch.cat(
+                [regressor.described(regressor.rescale(c.images, c.noise, c.z), c.valid, c.z).values for c in cases]
+            )
+            process.value_mean.copy_(values.mean(dim=0))
+            process.value_scale.copy_(values.std(dim=0).clamp_min(1e-3))
+            process.answer.copy_(process.answer[torch.randperm(len(process.answer))])
+            relevances = process.log_parameters[: process.n_groups]
+            relevances.copy_(relevances[torch.randperm(len(relevances))].clone())
 
 
 def shuffled_run(run: RunFolder, store: ImageStore) -> Predictor:
@@ -552,12 +567,8 @@ def main() -> None:
     # Do the maps depend on the weights, and on the labels?
     names = ("joint", "integrated_gradients", "cam")
     broken = Predictor(run)
-    others = {}
-    if any(isinstance(regressor, ProcessRegressor) for regressor in broken.regressors):
-        print("random weights: not for a Gaussian process, which gives far values the mean mass whatever they are")
-    else:
-        random_weights(broken)
-        others["random weights"] = broken
+    random_weights(broken, cases)
+    others = {"random weights": broken}
     if not options.without_training:
         others["shuffled labels"] = shuffled_run(run, labelled)
     print(f"{'rank correlation with the |map| of':<38} " + " ".join(f"{METHODS[name]:>22}" for name in names))

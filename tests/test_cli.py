@@ -15,6 +15,7 @@ from astropy.table import QTable
 from astropy.wcs import WCS
 
 from pix2mass import cli
+from pix2mass.config import RunConfig, load_toml
 from pix2mass.predict import predict
 from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore
@@ -41,6 +42,10 @@ def test_help_of_every_verb_ends_with_an_example(verb, capsys):
     assert pix2mass(*verb, "--help") == 0
     text = capsys.readouterr().out
     assert "Example: pix2mass " + " ".join(verb) in text.replace("`", "")
+
+
+def test_the_demo_is_what_its_file_says():
+    assert load_toml(RunConfig, Path(__file__).parents[1] / "configs" / "demo.toml") == cli.DEMO
 
 
 def test_help_lists_every_verb_and_does_not_load_torch():

@@ -166,7 +166,7 @@ def test_overfits_eight_images():
     assert (mean - label).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("name", ["small", "resnet18", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["small", "small-pair", "resnet18", "efficientnet_lite0"])
 def test_encoders_by_name(name):
     encoder = Encoder(name).eval()
     levels = encoder(torch.randn(2, 1, 64, 64))

@@ -434,6 +434,13 @@ def test_starting_from_what_does_not_fit_is_refused(counting, pretrained, toy, t
     with pytest.raises(Pix2massError, match="trained on bands 'gri'"):
         config = GALAXIES.model_copy(update={"start_from": counting.path})
         train(other, catalog, folds(90), RunFolder(tmp_path / "b"), config, 1)
+    grid = GridConfig(bands="gri", n_pixels=20)
+    other = build(catalog, ToySource(grid), tmp_path / "fine.zarr", grid)
+    with pytest.raises(Pix2massError, match=r"on 16 pixels, .*on 20 pixels; build the store on that grid"):
+        train(other, catalog, folds(90), RunFolder(tmp_path / "c"), config, 1)
+    with pytest.raises(Pix2massError, match=r"weights.default: its networks were trained on bands 'ugriz'"):
+        config = GALAXIES.model_copy(update={"start_from": Path("default")})
+        train(store, catalog, folds(90), RunFolder(tmp_path / "d"), config, 1)
 
 
 def test_richness_blend_finds_the_relation_it_was_made_with():

@@ -56,6 +56,9 @@ Scheduler = Annotated[
 ]
 
 
+DEMO = RunConfig(name="demo", mock=MockConfig(z_min=0.1, z_max=0.4))
+"""What `pix2mass demo` runs; configs/demo.toml spells it out."""
+
 # ---- the whole chain -------------------------------------------------------------------------------------------------
 
 
@@ -68,7 +71,7 @@ def demo(*, out: Path = Path("runs/demo"), workers: Workers = 0) -> None:
     out
         Run folder. The same command goes on where it was stopped.
     """
-    _run(RunConfig(name="demo", mock=MockConfig(z_min=0.1, z_max=0.4)), out, workers)
+    _run(DEMO, out, workers)
 
 
 @app.command(help_epilogue="Example: `pix2mass run configs/demo.toml`")

@@ -493,8 +493,8 @@ class PretrainConfig(OptimConfig):
     the cluster's redshift, which makes galaxies of clusters look alike at all redshifts. Needs redshifts of all, and
     shows the depth of the images, which was tried on mock images of one depth alone."""
     encoder: str = "small"
-    """'small' (made for 2 cores); any convolutional timm model, e.g. resnet18, built with in_chans=1; or your own as
-    'module:function'."""
+    """'small' (made for 2 cores); 'small-pair', two of them side by side; any convolutional timm model, e.g. resnet18,
+    built with in_chans=1; or your own as 'module:function'."""
     gain_jitter: float = Field(default=0.2, ge=0)
     """Spread (ln) of a random gain on every training image, so that a band's noise level gives nothing away."""
     n_images: int | None = Field(default=None, ge=10)
@@ -524,9 +524,9 @@ class TrainConfig(OptimConfig):
     sources of the image are weighed and counted; needs no network 1. The last two need the redshift; of the settings
     here folds and fold_separation_deg have a say, of 'galaxies' start_from too."""
     start_from: Path | None = None
-    """Run folder whose first network 2 the training starts from, scaler included: fine-tuning, say after training on
-    mock clusters. A network of bands goes on learning (give a lower learning rate); of one of galaxies the masses are
-    corrected, the weights stay."""
+    """Run folder, or name of packaged weights (default, default-gri), whose first network 2 the training starts from,
+    scaler included: fine-tuning, say after training on mock clusters. A network of bands goes on learning (give a lower
+    learning rate); of one of galaxies the masses are corrected, the weights stay."""
     freeze_encoder: bool = True
     """Keep the features as they are and train the rest: of network 1 as pretrained (the paper's recipe), or of the
     network of start_from. They are computed once."""

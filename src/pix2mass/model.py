@@ -119,12 +119,30 @@ class _SmallBackbone(nn.Module):
         return [fine, self.coarse(fine)]
 
 
+class _SmallPair(nn.Module):
+    """Two of them side by side, each with weights of its own: what one misses the other may see."""
+
+    channels = (32, 64)
+    strides = (2, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = nn.ModuleList([_SmallBackbone() for _ in range(2)])
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return [torch.cat(maps, dim=1) for maps in zip(*(member(image) for member in self.members), strict=True)]
+
+
+_OURS = {"small": _SmallBackbone, "small-pair": _SmallPair}
+
+
 class Encoder(nn.Module):
     """Feature maps of single-band images, at the two finest levels of the backbone.
 
     Args:
-        name: "small"; any timm model that can return feature maps (``features_only``), built with ``in_chans=1``; or
-            "module:function", a function of yours without arguments that returns a network (see docs/encoders.md).
+        name: "small" or "small-pair"; any timm model that can return feature maps (``features_only``), built with
+            ``in_chans=1``; or "module:function", a function of yours without arguments that returns a network (see
+            docs/encoders.md).
 
     Raises:
         Pix2massError: timm does not know the name, your function cannot be had, or the model gives no feature maps.
@@ -135,9 +153,9 @@ class Encoder(nn.Module):
         self.name = name
         self.taps = nn.ModuleList([nn.Identity(), nn.Identity()])
         """Where each level comes out, whatever the backbone: the layers that class-activation maps hook on to."""
-        if name == "small":
-            self.backbone: nn.Module = _SmallBackbone()
-            self.channels, self.strides = _SmallBackbone.channels, _SmallBackbone.strides
+        if name in _OURS:
+            self.backbone: nn.Module = _OURS[name]()
+            self.channels, self.strides = _OURS[name].channels, _OURS[name].strides
             return
         if ":" in name:
             self.backbone, self.channels, self.strides = _own_backbone(name)
@@ -151,7 +169,8 @@ class Encoder(nn.Module):
             near = difflib.get_close_matches(name, timm.list_models(), n=4)
             hint = f"; similar names: {', '.join(near)}" if near else ""
             raise Pix2massError(
-                f"encoder {name!r}: expected 'small' or a timm model with feature maps, timm says: {error}{hint}"
+                f"encoder {name!r}: expected {', '.join(_OURS)} or a timm model with feature maps, timm says: "
+                f"{error}{hint}"
             ) from None
         self.channels = tuple(self.backbone.feature_info.channels())  # type: ignore[union-attr]
         self.strides = tuple(self.backbone.feature_info.reduction())  # type: ignore[union-attr]

@@ -20,6 +20,7 @@ from pix2mass.catalog.masses import log_mass_function
 from pix2mass.config import GridConfig, validate
 from pix2mass.cosmology import kpc_per_arcsec
 from pix2mass.distribute import InProcess, Workers
+from pix2mass.memory import keep_freed_memory
 from pix2mass.model import Regressor, combine, dihedral, make_regressor, prepare
 from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore
@@ -54,12 +55,7 @@ class Predictor:
     """
 
     def __init__(self, run: RunFolder | str | Path) -> None:
-        if isinstance(run, RunFolder):
-            self.folder = run
-        elif str(run) in weights.names() and not Path(run).exists():
-            self.folder = weights.open_weights(str(run))
-        else:
-            self.folder = RunFolder.open(run)
+        self.folder = run if isinstance(run, RunFolder) else weights.open_run(run)
         self.info: dict[str, Any] = self.folder.read_json("model.json")
         self.grid = validate(GridConfig, self.info["grid"], f"{self.folder.path}: grid of the run")
         try:
@@ -71,6 +67,7 @@ class Predictor:
             raise Pix2massError(
                 f"{self.folder / 'model.json'}: another version of pix2mass wrote it ({error}); train again"
             ) from None
+        keep_freed_memory()
         self.regressors = [self._load(fold) for fold in range(self.info["folds"])]
 
     def _load(self, fold: int) -> Regressor:

@@ -18,6 +18,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pix2mass.config import OptimConfig
+from pix2mass.memory import keep_freed_memory
 from pix2mass.store import ImageStore
 from pix2mass.types import Pix2massError
 
@@ -132,6 +133,7 @@ def fit(
     progress: Progress | None,
 ) -> None:
     """Train in place and leave the network at its best epoch, in eval mode. Goes on from ``checkpoints`` if there."""
+    keep_freed_memory()
     task = Task(network.train(), step, config, seed)
     best = ModelCheckpoint(
         checkpoints,

@@ -14,8 +14,9 @@ from astropy.table import QTable
 from torch import Tensor
 
 from pix2mass.calibrate import Shrinkage, TrainingPrior, cross_calibrate, fit_calibration
-from pix2mass.config import GridConfig, PretrainConfig, TrainConfig
+from pix2mass.config import GridConfig, PretrainConfig, TrainConfig, validate
 from pix2mass.galaxies import GalaxyRegressor
+from pix2mass.memory import keep_freed_memory
 from pix2mass.model import (
     MassRegressor,
     ProcessRegressor,
@@ -28,9 +29,11 @@ from pix2mass.model import (
 )
 from pix2mass.run import RunFolder, digest
 from pix2mass.store import ImageStore
+from pix2mass.store.image_store import describe
 from pix2mass.train.fit import PREDICT_BATCH, Progress, as_tensors, fit, loader, split
 from pix2mass.trust import Reference, image_statistics
 from pix2mass.types import Pix2massError
+from pix2mass.weights import open_run
 
 _FIND_BATCH = 16
 _SCALER_SAMPLE = 128
@@ -210,7 +213,7 @@ class _Start:
             "use_redshift": config.use_redshift,
         }
         if config.start_from is not None:
-            source = RunFolder.open(config.start_from)
+            source = open_run(config.start_from)
             made = source.read_json("model.json")
             for name, mine in (("network", config.network), ("use_redshift", config.use_redshift)):
                 if made.get(name, "bands") != mine:
@@ -219,6 +222,12 @@ class _Start:
                         f"for {mine!r}; start from another run or change {name}"
                     )
             _same_bands(made["bands"], store, f"{source.path}: its networks were")
+            grid = validate(GridConfig, made["grid"], f"{source.path}: grid of the run")
+            if grid != store.grid:
+                raise Pix2massError(
+                    f"{source.path}: its networks were trained on {describe(grid)}, {store.path} holds "
+                    f"{describe(store.grid)}; build the store on that grid"
+                )
             weights = source.load_weights("fold-0")
             info |= {
                 "encoder": made["encoder"],
@@ -337,6 +346,7 @@ def _train_described(
         assert not isinstance(regressor, MassRegressor)
         return regressor.eval()
 
+    keep_freed_memory()
     n_folds = int(fold.max()) + 1
     kept, regressor = checkpoints / "described.pt", new()
     if not kept.exists():

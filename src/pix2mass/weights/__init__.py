@@ -38,6 +38,17 @@ def open_weights(name: str) -> RunFolder:
     return RunFolder.open(Path(__file__).parent / name)
 
 
+def open_run(run: str | Path) -> RunFolder:
+    """A run folder by its path or, where there is no such folder, packaged weights by their name.
+
+    Raises:
+        Pix2massError: neither.
+    """
+    if str(run) in names() and not Path(run).exists():
+        return open_weights(str(run))
+    return RunFolder.open(run)
+
+
 def pack(run: RunFolder, out: Path, fold: int = 0) -> Path:
     """Reduce a trained and evaluated run to one network and what prediction needs, with a model card.
 
