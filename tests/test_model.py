@@ -178,6 +178,19 @@ def test_encoders_by_name(name):
     assert MassRegressor(encoder, 5).eval()(*random_images(2, bands=5, size=64))[0].shape == (2,)
 
 
+def test_joined_classifiers_give_the_mean_of_their_logits():
+    torch.manual_seed(5)
+    pair, members = BandClassifier(Encoder("small-pair"), 3).eval(), [BandClassifier(Encoder(), 3) for _ in range(2)]
+    images = torch.randn(6, 1, 32, 32)
+    for member in members:
+        member(images)  # sets running statistics
+    pair.join([member.eval() for member in members])
+    with torch.no_grad():
+        apart = torch.stack([member(images) for member in members])
+        torch.testing.assert_close(pair(images), apart.mean(dim=0))
+    assert (apart[0] - apart[1]).abs().max() > 0.01
+
+
 def test_an_unknown_encoder_is_named_with_similar_ones():
     with pytest.raises(Pix2massError, match=r"resnet181.*similar names: .*resnet18"):
         Encoder("resnet181")
