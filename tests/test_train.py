@@ -409,19 +409,6 @@ def test_units_of_l_star_need_redshifts(toy, tmp_path):
         train(store, catalog, folds(90), folder, TRAIN.model_copy(update={"use_redshift": False}), 1)
 
 
-def test_members_of_an_encoder_are_trained_each_by_itself(pretrained, toy, tmp_path):
-    folder, told = RunFolder(tmp_path / "pair"), []
-    config = PRETRAIN.model_copy(update={"encoder": "small-pair"})
-    pretrain(toy[1], folder, config, 1, progress=lambda done, total: told.append((done, total)))
-    pair, alone = folder.load_weights("encoder"), pretrained.load_weights("encoder")
-    for name, values in alone.items():
-        first, second = (pair[name.replace("backbone.", f"backbone.backbones.{k}.")] for k in range(2))
-        torch.testing.assert_close(first, values)
-        assert not values.is_floating_point() or not torch.equal(second, first)
-    assert [done for done, _ in told] == list(range(1, 2 * PRETRAIN.epochs + 1))
-    assert folder.read_json("pretrain.json")["band_accuracy"] > 0.5
-
-
 def test_fine_tuning_starts_from_another_run(counting, toy, tmp_path):
     catalog, store = toy
     moved = catalog.copy()

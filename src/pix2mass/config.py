@@ -493,8 +493,8 @@ class PretrainConfig(OptimConfig):
     the cluster's redshift, which makes galaxies of clusters look alike at all redshifts. Needs redshifts of all, and
     shows the depth of the images, which was tried on mock images of one depth alone."""
     encoder: str = "small"
-    """'small' (made for 2 cores); 'small-pair', two of them, each trained by itself on the bands; any convolutional
-    timm model, e.g. resnet18, built with in_chans=1; or your own as 'module:function'."""
+    """'small' (made for 2 cores); any convolutional timm model, e.g. resnet18, built with in_chans=1; or your own as
+    'module:function'."""
     gain_jitter: float = Field(default=0.2, ge=0)
     """Spread (ln) of a random gain on every training image, so that a band's noise level gives nothing away."""
     n_images: int | None = Field(default=None, ge=10)

@@ -119,31 +119,12 @@ class _SmallBackbone(nn.Module):
         return [fine, self.coarse(fine)]
 
 
-class _SmallPair(nn.Module):
-    """Two of them side by side, each with weights of its own: what one misses the other may see."""
-
-    channels = (32, 64)
-    strides = (2, 4)
-    members = ("small", "small")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbones = nn.ModuleList([_SmallBackbone() for _ in self.members])
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        return [torch.cat(maps, dim=1) for maps in zip(*(one(image) for one in self.backbones), strict=True)]
-
-
-_OURS = {"small": _SmallBackbone, "small-pair": _SmallPair}
-
-
 class Encoder(nn.Module):
     """Feature maps of single-band images, at the two finest levels of the backbone.
 
     Args:
-        name: "small" or "small-pair"; any timm model that can return feature maps (``features_only``), built with
-            ``in_chans=1``; or "module:function", a function of yours without arguments that returns a network (see
-            docs/encoders.md).
+        name: "small"; any timm model that can return feature maps (``features_only``), built with ``in_chans=1``; or
+            "module:function", a function of yours without arguments that returns a network (see docs/encoders.md).
 
     Raises:
         Pix2massError: timm does not know the name, your function cannot be had, or the model gives no feature maps.
@@ -152,14 +133,11 @@ class Encoder(nn.Module):
     def __init__(self, name: str = "small") -> None:
         super().__init__()
         self.name = name
-        self.members: tuple[str, ...] = ()
-        """Names of the encoders that it is made of, if it is."""
         self.taps = nn.ModuleList([nn.Identity(), nn.Identity()])
         """Where each level comes out, whatever the backbone: the layers that class-activation maps hook on to."""
-        if name in _OURS:
-            self.backbone: nn.Module = _OURS[name]()
-            self.channels, self.strides = _OURS[name].channels, _OURS[name].strides
-            self.members = getattr(_OURS[name], "members", ())
+        if name == "small":
+            self.backbone: nn.Module = _SmallBackbone()
+            self.channels, self.strides = _SmallBackbone.channels, _SmallBackbone.strides
             return
         if ":" in name:
             self.backbone, self.channels, self.strides = _own_backbone(name)
@@ -173,8 +151,7 @@ class Encoder(nn.Module):
             near = difflib.get_close_matches(name, timm.list_models(), n=4)
             hint = f"; similar names: {', '.join(near)}" if near else ""
             raise Pix2massError(
-                f"encoder {name!r}: expected {', '.join(_OURS)} or a timm model with feature maps, timm says: "
-                f"{error}{hint}"
+                f"encoder {name!r}: expected 'small' or a timm model with feature maps, timm says: {error}{hint}"
             ) from None
         self.channels = tuple(self.backbone.feature_info.channels())  # type: ignore[union-attr]
         self.strides = tuple(self.backbone.feature_info.reduction())  # type: ignore[union-attr]
@@ -258,19 +235,6 @@ class BandClassifier(nn.Module):
         super().__init__()
         self.encoder, self.units = encoder, units
         self.head = nn.Linear(2 * sum(encoder.channels), n_bands)
-
-    @torch.no_grad()
-    def join(self, classifiers: Sequence[BandClassifier]) -> None:
-        """Take the weights of one classifier for each of the encoder's members: logits become the mean of theirs."""
-        backbones = self.encoder.backbone.get_submodule("backbones")
-        columns = []
-        for backbone, one in zip(backbones.children(), classifiers, strict=True):
-            backbone.load_state_dict(one.encoder.backbone.state_dict())
-            # Mean and spread of each level, as _mean_and_spread gives them.
-            columns.append(one.head.weight.split([c for c in one.encoder.channels for _ in range(2)], dim=1))
-        weight = torch.cat([part for parts in zip(*columns, strict=True) for part in parts], dim=1)
-        self.head.weight.copy_(weight / len(classifiers))
-        self.head.bias.copy_(torch.stack([one.head.bias for one in classifiers]).mean(dim=0))
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (n, n_bands) of single-band images (n, 1, h, w). Mean and spread of every feature map are pooled."""

@@ -156,20 +156,11 @@ def leave_one_group_out(
 def _train_classifier(
     store: ImageStore, parts: Parts, config: PretrainConfig, seed: int, checkpoints: Path, progress: Progress | None
 ) -> BandClassifier:
-    """Network 1 of the task "bands". Members of an encoder are trained each by itself: together they tell bands
-    better, but masses from their features are no better than from one."""
+    """Network 1 of the task "bands"."""
     units = make_units({"units": config.units}, store.grid)
     if config.units == "l-star":
         _check_redshifts(store, np.concatenate(parts))
     classifier = BandClassifier(_new_encoder(store, config, seed), len(store.grid.bands), units)
-    if names := classifier.encoder.members:
-        trained = []
-        for k, name in enumerate(names):
-            member = config.model_copy(update={"encoder": name})
-            told = progress and (lambda done, total, k=k: progress(k * total + done, len(names) * total))
-            trained.append(_train_classifier(store, parts, member, seed + k, checkpoints / str(k), told))
-        classifier.join(trained)
-        return classifier.eval()
 
     def batch(light: Tensor, band: Tensor, rng: np.random.Generator, training: bool) -> tuple[Tensor, Tensor]:
         return _another_view(light, config, rng) if training else asinh(light), band
