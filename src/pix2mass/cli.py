@@ -540,7 +540,7 @@ def train(
     catalog
         Table with log10_m500c and, better, its error; other rows are left out.
     run
-        Run folder with network 1.
+        Run folder, with network 1 unless the network is 'galaxies'.
     """
     from pix2mass import pipeline
     from pix2mass.catalog import read_catalog

@@ -20,7 +20,6 @@ from pix2mass.catalog.masses import log_mass_function
 from pix2mass.config import GridConfig, validate
 from pix2mass.cosmology import kpc_per_arcsec
 from pix2mass.distribute import InProcess, Workers
-from pix2mass.memory import keep_freed_memory
 from pix2mass.model import Regressor, combine, dihedral, make_regressor, prepare
 from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore
@@ -67,7 +66,6 @@ class Predictor:
             raise Pix2massError(
                 f"{self.folder / 'model.json'}: another version of pix2mass wrote it ({error}); train again"
             ) from None
-        keep_freed_memory()
         self.regressors = [self._load(fold) for fold in range(self.info["folds"])]
 
     def _load(self, fold: int) -> Regressor:
