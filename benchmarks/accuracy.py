@@ -140,6 +140,7 @@ def _train_recipe(
         _, unlabelled = surveys(sky(config), config.grid, "unlabelled", surveys.sizes["unlabelled"], config.seed)
         with reporter(f"{name}: pretraining") as progress:
             pretrain(unlabelled, folder, config.pretrain, config.seed, None, progress)
+        folder.write_config(pretrain=config.pretrain)
     train_run(folder, store, catalog, train, config.seed, reporter)
 
 
@@ -277,7 +278,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", choices=ORDER, help="only this one; may be given several times")
     parser.add_argument("--quick", action="store_true", help="fewer clusters, the same code: 15 minutes on 2 cores")
-    parser.add_argument("--learning-curve", action="store_true", help="recipe best with 125 to 4,000 labels")
+    parser.add_argument(
+        "--learning-curve",
+        action="store_true",
+        help="a recipe (best) with 125 labels to four times --labelled, and with fewer unlabelled images",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that draw the images")
     parser.add_argument("--cache", type=Path, default=Path("runs/accuracy"))
     for kind, n in FULL.items():
@@ -287,7 +292,7 @@ def main() -> None:
     surveys = Surveys(args.cache, sizes, args.workers)
     print(", ".join(f"{kind} {n}" for kind, n in sizes.items()))
     if args.learning_curve:
-        curve(surveys)
+        curve((args.recipe or ["best"])[0], surveys)
         return
 
     folds, test, result = {}, {}, {}
@@ -316,20 +321,24 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def curve(surveys: Surveys) -> None:
-    """Error of the recipe `best` against the number of labels, beside richness with as many."""
-    config = load_toml(RunConfig, RECIPES / "best.toml")
+def curve(name: str, surveys: Surveys) -> None:
+    """Error of a recipe against the number of labels, beside richness with as many, and of unlabelled images."""
+    config = load_toml(RunConfig, RECIPES / f"{name}.toml")
     n = 4 * surveys.sizes["labelled"]
-    catalog, store = surveys(sky(config), config.grid, "labelled", n, config.seed)
+    folder = RunFolder(surveys.cache / f"run-{name}-{n}")
+    _train_recipe(name, config, config.train, folder, n, surveys)
+    _, store = surveys(sky(config), config.grid, "labelled", n, config.seed)
     test = surveys(sky(config), config.grid, "test", surveys.sizes["test"], config.seed)
-    folder = RunFolder(surveys.cache / f"run-best-{n}")
-    train_run(folder, store, catalog, config.train, config.seed, reporter)
-    found = learning_curve(folder, store, config.seed, reporter, test=test)
-    for row in found["labels"]:
-        print(
-            f"{row['n']:>6} labels: {row['mae_dex']:.4f} +- {row['mae_err_dex']:.4f} dex; richness with as many "
-            f"{row['richness_mae_dex']:.4f}"
-        )
+    unlabelled = None
+    if (folder / "pretrain.json").exists():
+        _, unlabelled = surveys(sky(config), config.grid, "unlabelled", surveys.sizes["unlabelled"], config.seed)
+    found = learning_curve(folder, store, config.seed, reporter, unlabelled, test)
+    for kind in ("labels", "unlabelled"):
+        for row in found[kind]:
+            print(
+                f"{row['n']:>6} {kind}: {row['mae_dex']:.4f} +- {row['mae_err_dex']:.4f} dex; richness with as many "
+                f"labels {row['richness_mae_dex']:.4f}"
+            )
     print(json.dumps({"learning_curve": found}))
 
 

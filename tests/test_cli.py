@@ -44,6 +44,11 @@ def test_help_of_every_verb_ends_with_an_example(verb, capsys):
     assert "Example: pix2mass " + " ".join(verb) in text.replace("`", "")
 
 
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "pix2mass", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "pix2mass COMMAND" in done.stdout
+
+
 def test_the_demo_is_what_its_file_says():
     assert load_toml(RunConfig, Path(__file__).parents[1] / "configs" / "demo.toml") == cli.DEMO
 

@@ -120,6 +120,7 @@ def test_all_mistakes_are_listed_at_once():
             "leave out start_from and freeze_encoder",
         ),
         (TrainConfig, {"network": "gaussian-process", "use_redshift": False}, "needs use_redshift"),
+        (TrainConfig, {"ensemble_size": 3}, "ensemble_size is for network = 'galaxies'"),
     ],
 )
 def test_contradictions_are_refused(config_class, values, message):

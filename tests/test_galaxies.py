@@ -219,6 +219,35 @@ def test_the_same_seed_gives_the_same_network(monkeypatch):
         torch.testing.assert_close(first, second, atol=0, rtol=0)
 
 
+def test_an_ensemble_gives_the_mean_of_its_networks_and_each_learns_as_if_alone(monkeypatch):
+    monkeypatch.setattr("pix2mass.galaxies._STEPS", (20, 20))
+    seen, z, mass = sky(40, 1)
+    ensemble = GalaxyRegressor(GRID, ensemble_size=3)
+    ensemble.fit(seen, z, mass, torch.full((40,), 0.1), seed=4)
+    alone = []
+    for one in ensemble.ensemble:
+        network = GalaxyRegressor(GRID)
+        for name, buffer in ensemble.named_buffers():
+            network.get_buffer(name).copy_(buffer)
+        network.ensemble[0].load_state_dict(one.state_dict())
+        alone.append(network.from_described(seen, z)[0])
+    assert torch.stack(alone).std(dim=0).min() > 0, "they start from different weights"
+    torch.testing.assert_close(ensemble.from_described(seen, z)[0], torch.stack(alone).mean(dim=0))
+
+    # The step of one network does not depend on how far off another one is.
+    first = ensemble.ensemble[0].state_dict()["linear.weight"].clone()
+    wild, restart = GalaxyRegressor(GRID, ensemble_size=3), type(ensemble.ensemble[0]).restart
+
+    def restart_wildly(one: torch.nn.Module) -> None:
+        restart(one)
+        if one is wild.ensemble[2]:
+            torch.nn.init.constant_(one.linear.weight, 50.0)
+
+    monkeypatch.setattr(type(ensemble.ensemble[0]), "restart", restart_wildly)
+    wild.fit(seen, z, mass, torch.full((40,), 0.1), seed=4)
+    torch.testing.assert_close(wild.ensemble[0].state_dict()["linear.weight"], first)
+
+
 def test_tuning_corrects_masses_by_a_quadratic_and_keeps_the_weights():
     network, rng = trained(), np.random.default_rng(3)
     z = torch.tensor(rng.uniform(0.15, 0.35, 60), dtype=torch.float32)

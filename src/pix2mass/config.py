@@ -522,7 +522,10 @@ class TrainConfig(OptimConfig):
     """'bands': features of each band by itself, from network 1 (the paper's way), and a network on them.
     'gaussian-process': the same features, kept as they are, and a Gaussian process on their means in rings. 'galaxies':
     sources of the image are weighed and counted; needs no network 1. The last two need the redshift; of the settings
-    here folds and fold_separation_deg have a say, of 'galaxies' start_from too."""
+    here folds and fold_separation_deg have a say, of 'galaxies' start_from and ensemble_size too."""
+    ensemble_size: int = Field(default=1, ge=1)
+    """Networks of galaxies trained from different first weights, whose mean is the mass; with start_from there are as
+    many as that run has. The image is described once for all, so prediction stays as fast."""
     start_from: Path | None = None
     """Run folder, or name of packaged weights (default, default-gri), whose first network 2 the training starts from,
     scaler included: fine-tuning, say after training on mock clusters. A network of bands goes on learning (give a lower
@@ -551,6 +554,8 @@ class TrainConfig(OptimConfig):
             raise ValueError("from_scratch needs freeze_encoder = false: random frozen weights learn nothing")
         if self.from_scratch and self.start_from is not None:
             raise ValueError("give either from_scratch or start_from")
+        if self.ensemble_size > 1 and self.network != "galaxies":
+            raise ValueError(f"ensemble_size is for network = 'galaxies', this one is {self.network!r}")
         if self.network != "bands" and not self.use_redshift:
             raise ValueError(f"network = {self.network!r} needs use_redshift")
         if self.network == "gaussian-process" and (self.start_from is not None or not self.freeze_encoder):

@@ -191,11 +191,51 @@ class GalaxyEncoder(PhysicalScale):
         return Described(image, torch.stack(seen, dim=1), share / covered[image, ring])
 
 
+class _Weigher(nn.Module):
+    """What one network of :class:`GalaxyRegressor` learns: the weights of a source, and the mass of their sums.
+
+    Args:
+        n_values: length of the description of a source.
+    """
+
+    def __init__(self, n_values: int) -> None:
+        super().__init__()
+        self.weigh = nn.Sequential(
+            nn.Linear(n_values, _HIDDEN),
+            nn.GELU(),
+            nn.Linear(_HIDDEN, _HIDDEN),
+            nn.GELU(),
+            nn.Linear(_HIDDEN, _WEIGHTS),
+        )
+        self.linear = nn.Linear(_WEIGHTS + 2, 1)
+        self.beside = nn.Sequential(nn.Linear(_WEIGHTS + 2, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, 1))
+        self.restart()
+
+    def restart(self) -> None:
+        """Random first weights; the part beside the linear one starts at nothing."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        nn.init.zeros_(self.beside[-1].get_parameter("weight"))
+        nn.init.zeros_(self.beside[-1].get_parameter("bias"))
+
+    def weights(self, scaled: Tensor, share: Tensor) -> Tensor:
+        """What each source weighs (n_sources, n_weights), none negative."""
+        return F.softplus(self.weigh(scaled) - 2) * share
+
+    def mass(self, sums: Tensor, z: Tensor) -> Tensor:
+        """log10 M500c (n,) from the sums (n, n_weights) of the weights."""
+        redshift = ((z - 0.3) / 0.14)[:, None]
+        terms = torch.cat([torch.log(sums + 1) - 3, redshift, redshift**2 - 1], dim=1)
+        return _CENTRE_DEX + _SCALE_DEX * (self.linear(terms) + self.beside(terms))[:, 0]
+
+
 class GalaxyRegressor(nn.Module):
     """Network 2 that weighs and counts the sources of the image: log10 M500c and its standard deviation.
 
     Args:
         grid: bands and pixel scale of the images.
+        ensemble_size: networks, of which the mass is the mean; sources are found and described once for all.
     """
 
     described_by = Described
@@ -206,35 +246,18 @@ class GalaxyRegressor(nn.Module):
     empty_dex: Tensor
     correction: Tensor
 
-    def __init__(self, grid: GridConfig) -> None:
+    def __init__(self, grid: GridConfig, ensemble_size: int = 1) -> None:
         super().__init__()
         self.encoder = GalaxyEncoder(grid)
         self.n_bands = len(grid.bands)
         n_values = self.encoder.n_values
-        self.weigh = nn.Sequential(
-            nn.Linear(n_values, _HIDDEN),
-            nn.GELU(),
-            nn.Linear(_HIDDEN, _HIDDEN),
-            nn.GELU(),
-            nn.Linear(_HIDDEN, _WEIGHTS),
-        )
-        self.linear = nn.Linear(_WEIGHTS + 2, 1)
-        self.beside = nn.Sequential(nn.Linear(_WEIGHTS + 2, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, 1))
+        self.ensemble = nn.ModuleList([_Weigher(n_values) for _ in range(ensemble_size)])
         self.register_buffer("value_mean", torch.zeros(n_values))
         self.register_buffer("value_scale", torch.ones(n_values))
         for name in ("sigma_dex", "least_sources"):
             self.register_buffer(name, torch.ones(()))
         self.register_buffer("empty_dex", torch.full((), _CENTRE_DEX))
         self.register_buffer("correction", torch.zeros(len(_CORRECTION_WIDTHS)))
-        self._restart()
-
-    def _restart(self) -> None:
-        """Random first weights; the part beside the linear one starts at nothing."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-        nn.init.zeros_(self.beside[-1].get_parameter("weight"))
-        nn.init.zeros_(self.beside[-1].get_parameter("bias"))
 
     def rescale(self, images: Tensor, noise: Tensor, z: Tensor) -> Tensor:
         """Images in units that make red galaxies look alike at all redshifts and noise levels.
@@ -272,25 +295,35 @@ class GalaxyRegressor(nn.Module):
 
     def from_described(self, described: Described, z: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`, from the output of :meth:`described`."""
+        return self.from_sums(self._sums(described, len(z)), z)
+
+    def _sums(self, described: Described, n: int) -> Tensor:
         weights = self.weights(described)
-        sums = weights.new_zeros(len(z), weights.shape[1]).index_add(0, described.image, weights)
-        return self.from_sums(sums, z)
+        return weights.new_zeros(n, weights.shape[1]).index_add(0, described.image, weights)
 
     def weights(self, described: Described) -> Tensor:
-        """What each source weighs, (n_sources, n_weights + 1), none negative; the last is its share."""
+        """What each source weighs, (n_sources, ensemble_size * n_weights + 1), none negative: to one network after the
+        other, and last its share."""
         scaled = (described.values - self.value_mean) / self.value_scale
         share = described.share[:, None]
-        return torch.cat([F.softplus(self.weigh(scaled) - 2) * share, share], dim=1)
+        return torch.cat([*(one.weights(scaled, share) for one in self.ensemble), share], dim=1)
 
     def from_sums(self, sums: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward`, from the sums (n, n_weights + 1) of :meth:`weights` over each image."""
-        redshift = ((z - 0.3) / 0.14)[:, None]
-        terms = torch.cat([torch.log(sums[:, :-1] + 1) - 3, redshift, redshift**2 - 1], dim=1)
-        mean = _CENTRE_DEX + _SCALE_DEX * (self.linear(terms) + self.beside(terms))[:, 0]
+        """As :meth:`forward`, from the sums (n, ensemble_size * n_weights + 1) of :meth:`weights` over each image."""
+        mean = self._masses(sums, z).mean(dim=0)
         mean = mean + _correction_terms(mean, z) @ self.correction
-        # Below the least number of sources of a training image nothing was learnt: from there on towards empty sky.
+        return self._or_empty(mean, sums), self.sigma_dex.expand(len(mean))
+
+    def _masses(self, sums: Tensor, z: Tensor) -> Tensor:
+        """What each network of the ensemble says, (ensemble_size, n), as learnt."""
+        parts = sums[:, :-1].split(_WEIGHTS, dim=1)
+        return torch.stack([one.mass(part, z) for one, part in zip(self.ensemble, parts, strict=True)])
+
+    def _or_empty(self, mass: Tensor, sums: Tensor) -> Tensor:
+        """Masses (..., n), but those of empty sky where there are too few sources: below the least number in a training
+        image nothing was learnt."""
         seen = _smoothly(sums[:, -1], 0.0, float(self.least_sources))
-        return seen * mean + (1 - seen) * self.empty_dex, self.sigma_dex.expand(len(mean))
+        return seen * mass + (1 - seen) * self.empty_dex
 
     def for_maps(self, images: Tensor, valid: Tensor, noise: Tensor, z: Tensor) -> GalaxiesAt:
         """The same network with its sources at the places where this image has them. Then the mass of any other image
@@ -335,7 +368,8 @@ class GalaxyRegressor(nn.Module):
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                self._restart()
+                for one in self.ensemble:
+                    one.restart()  # type: ignore[operator]
                 self.value_mean.copy_(described.values.mean(dim=0))
                 self.value_scale.copy_(described.values.std(dim=0, correction=0).clamp_min(1e-3))
                 self._descend(described, z, log10_m500c, weight, progress)
@@ -372,12 +406,16 @@ class GalaxyRegressor(nn.Module):
             chosen, order = order[:n_batch], order[n_batch:]
             batch = described.of(chosen, n)
             noise = _INPUT_NOISE * self.value_scale * torch.randn_like(batch.values)
-            estimate, _ = self.from_described(batch._replace(values=batch.values + noise), z[chosen])
-            error = F.smooth_l1_loss(estimate, log10_m500c[chosen], reduction="none", beta=0.1)
+            sums = self._sums(batch._replace(values=batch.values + noise), n_batch)
+            estimate = self._or_empty(self._masses(sums, z[chosen]), sums)
+            label = log10_m500c[chosen].expand_as(estimate)
+            error = F.smooth_l1_loss(estimate, label, reduction="none", beta=0.1)
+            # Summed over the ensemble: each network learns as if it were alone, from the same batches.
             loss = (weight[chosen] * error).sum() / weight[chosen].sum()
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+            for one in self.ensemble:
+                nn.utils.clip_grad_norm_(one.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             if progress and (step % 100 == 99 or step == steps - 1):
@@ -397,7 +435,7 @@ class GalaxiesAt(nn.Module):
         super().__init__()
         self.regressor, self.sources = regressor, sources
         self.tap = nn.Identity()
-        """Where the weights of the sources come out, (n, n_weights + 1, 1, n_sources)."""
+        """Where the weights of the sources come out, (n, ensemble_size * n_weights + 1, 1, n_sources)."""
         self.gradients_per_step = 4
         """Blank skies differ more for sources than for maps, and gradients cost little: attributions take this many."""
 

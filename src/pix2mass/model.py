@@ -523,12 +523,13 @@ def make_regressor(info: Mapping[str, Any], grid: GridConfig) -> Regressor:
     """An untrained network 2.
 
     Args:
-        info: keys ``network`` ("bands" where missing), ``encoder``, ``use_redshift`` and ``units``, as in model.json.
+        info: keys ``network`` ("bands" where missing), ``encoder``, ``use_redshift``, ``units`` and ``ensemble_size``
+            (1 where missing), as in model.json.
         grid: of the images.
     """
     network = info.get("network", "bands")
     if network == "galaxies":
-        return GalaxyRegressor(grid)
+        return GalaxyRegressor(grid, info.get("ensemble_size", 1))
     encoder, units = Encoder(info["encoder"]), make_units(info, grid)
     if network == "gaussian-process":
         return ProcessRegressor(encoder, len(grid.bands), units)

@@ -190,8 +190,8 @@ class _Start:
     """What the training of network 2 starts from.
 
     Attributes:
-        info: what model.json says of the network: ``network``, ``encoder``, ``units``, ``use_redshift`` and, where it
-            starts from a whole network, ``started_from``, what that one was trained on.
+        info: what model.json says of the network: ``network``, ``encoder``, ``units``, ``use_redshift``,
+            ``ensemble_size`` and, where it starts from a whole network, ``started_from``, what that one was trained on.
         grid: of the images.
         weights: of the whole network 2, or of its encoder alone; None starts from random ones.
         whole: whether they are the whole network's, scaler included.
@@ -211,6 +211,7 @@ class _Start:
             "encoder": None,
             "units": "noise",
             "use_redshift": config.use_redshift,
+            "ensemble_size": config.ensemble_size,
         }
         if config.start_from is not None:
             source = open_run(config.start_from)
@@ -232,6 +233,7 @@ class _Start:
             info |= {
                 "encoder": made["encoder"],
                 "units": made.get("units", "noise"),
+                "ensemble_size": made.get("ensemble_size", 1),
                 "started_from": f"{made['calibration']['n']} clusters, {made['trained_on']}",
             }
             return cls(info, store.grid, weights, True, digest(_fingerprint(weights)))
