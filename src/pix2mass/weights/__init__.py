@@ -16,6 +16,8 @@ from pix2mass.types import Pix2massError
 
 MAX_BYTES = 8_000_000
 """Largest weights that go into the package."""
+_SETTINGS = ("network", "ensemble_size", "encoder", "units", "views", "use_redshift")
+"""What the card repeats from model.json."""
 
 
 def names() -> list[str]:
@@ -157,5 +159,5 @@ hold what they should within their errors.
     pix2mass predict CATALOG --weights {name} --frames DATA/sas --out masses.ecsv
 
 Estimates with `trusted` false should not be used: their flags say why. Outside these redshifts and masses the network
-extrapolates. Settings: `{json.dumps({key: info[key] for key in ("encoder", "views", "use_redshift")})}`.
+extrapolates. Settings: `{json.dumps({key: info[key] for key in _SETTINGS if key in info})}`.
 """
