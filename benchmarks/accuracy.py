@@ -4,7 +4,7 @@ The standard task, all mock: 1,000 clusters with a label (0.12 dex of scatter), 
 in log10 M500c 13.8-15.2 and z 0.08-0.55, configuration `sky`, seed 1. Each recipe is a file in configs/recipes. Recipes
 are chosen by cross-validation on the labelled clusters ("folds"); the test clusters are looked at once per recipe. The
 rival is the richness that pix2mass.richness measures on the same mock sky, with a relation fitted to the same labels.
-`sim-pretrained` starts from a network fitted to clusters of the other configuration, `sim`, with their true masses.
+`sim-pretrained` starts from networks fitted to clusters of the other configuration, `sim`, with their true masses.
 
 Run: python benchmarks/accuracy.py [--recipe NAME ...] [--quick] [--learning-curve]
 
