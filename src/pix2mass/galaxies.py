@@ -11,7 +11,7 @@ are this project's own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -259,6 +259,10 @@ class GalaxyRegressor(nn.Module):
         self.register_buffer("empty_dex", torch.full((), _CENTRE_DEX))
         self.register_buffer("correction", torch.zeros(len(_CORRECTION_WIDTHS)))
 
+    @property
+    def _weighers(self) -> list[_Weigher]:
+        return cast("list[_Weigher]", list(self.ensemble))
+
     def rescale(self, images: Tensor, noise: Tensor, z: Tensor) -> Tensor:
         """Images in units that make red galaxies look alike at all redshifts and noise levels.
 
@@ -306,7 +310,7 @@ class GalaxyRegressor(nn.Module):
         other, and last its share."""
         scaled = (described.values - self.value_mean) / self.value_scale
         share = described.share[:, None]
-        return torch.cat([*(one.weights(scaled, share) for one in self.ensemble), share], dim=1)
+        return torch.cat([*(one.weights(scaled, share) for one in self._weighers), share], dim=1)
 
     def from_sums(self, sums: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`, from the sums (n, ensemble_size * n_weights + 1) of :meth:`weights` over each image."""
@@ -317,7 +321,7 @@ class GalaxyRegressor(nn.Module):
     def _masses(self, sums: Tensor, z: Tensor) -> Tensor:
         """What each network of the ensemble says, (ensemble_size, n), as learnt."""
         parts = sums[:, :-1].split(_WEIGHTS, dim=1)
-        return torch.stack([one.mass(part, z) for one, part in zip(self.ensemble, parts, strict=True)])
+        return torch.stack([one.mass(part, z) for one, part in zip(self._weighers, parts, strict=True)])
 
     def _or_empty(self, mass: Tensor, sums: Tensor) -> Tensor:
         """Masses (..., n), but those of empty sky where there are too few sources: below the least number in a training
@@ -368,8 +372,8 @@ class GalaxyRegressor(nn.Module):
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                for one in self.ensemble:
-                    one.restart()  # type: ignore[operator]
+                for one in self._weighers:
+                    one.restart()
                 self.value_mean.copy_(described.values.mean(dim=0))
                 self.value_scale.copy_(described.values.std(dim=0, correction=0).clamp_min(1e-3))
                 self._descend(described, z, log10_m500c, weight, progress)
