@@ -109,10 +109,7 @@ def sky(config: RunConfig) -> MockConfig:
 def run_recipe(name: str, surveys: Surveys) -> tuple[RunFolder, RunConfig, float]:
     """Train a recipe unless that was done: its run folder, its configuration and the seconds that training took."""
     config = load_toml(RunConfig, RECIPES / f"{name}.toml")
-    train, seconds = config.train, 0.0
-    if train.start_from is not None:
-        source, _, seconds = run_recipe(train.start_from.name, surveys)
-        train = train.model_copy(update={"start_from": source.path})
+    train, seconds = _started(config.train, surveys)
     n = surveys.sizes["sim" if sky(config).configuration == "sim" else "labelled"]
     folder = RunFolder(surveys.cache / f"run-{name}-{n}")
     # A finished recipe needs its images no more: they may be removed, 20 GB of them.
@@ -127,6 +124,14 @@ def run_recipe(name: str, surveys: Surveys) -> tuple[RunFolder, RunConfig, float
         config,
         seconds + sum(folder.stages[k]["seconds"] for k in ("pretrain", "train") if k in folder.stages),
     )
+
+
+def _started(train: TrainConfig, surveys: Surveys) -> tuple[TrainConfig, float]:
+    """The same training, with the run of the recipe that it starts from, if any, and the seconds which that took."""
+    if train.start_from is None:
+        return train, 0.0
+    source, _, seconds = run_recipe(train.start_from.name, surveys)
+    return train.model_copy(update={"start_from": source.path}), seconds
 
 
 def _train_recipe(
@@ -277,7 +282,7 @@ def main() -> None:
     """Run the recipes, print the tables and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", choices=ORDER, help="only this one; may be given several times")
-    parser.add_argument("--quick", action="store_true", help="fewer clusters, the same code: 15 minutes on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="fewer clusters, the same code: about 15 minutes, 2 cores")
     parser.add_argument(
         "--learning-curve",
         action="store_true",
@@ -292,6 +297,8 @@ def main() -> None:
     surveys = Surveys(args.cache, sizes, args.workers)
     print(", ".join(f"{kind} {n}" for kind, n in sizes.items()))
     if args.learning_curve:
+        if args.recipe and len(args.recipe) > 1:
+            parser.error(f"--learning-curve takes one --recipe, found {', '.join(args.recipe)}")
         curve((args.recipe or ["best"])[0], surveys)
         return
 
@@ -326,7 +333,7 @@ def curve(name: str, surveys: Surveys) -> None:
     config = load_toml(RunConfig, RECIPES / f"{name}.toml")
     n = 4 * surveys.sizes["labelled"]
     folder = RunFolder(surveys.cache / f"run-{name}-{n}")
-    _train_recipe(name, config, config.train, folder, n, surveys)
+    _train_recipe(name, config, _started(config.train, surveys)[0], folder, n, surveys)
     _, store = surveys(sky(config), config.grid, "labelled", n, config.seed)
     test = surveys(sky(config), config.grid, "test", surveys.sizes["test"], config.seed)
     unlabelled = None

@@ -525,7 +525,7 @@ class TrainConfig(OptimConfig):
     here folds and fold_separation_deg have a say, of 'galaxies' start_from and ensemble_size too."""
     ensemble_size: int = Field(default=1, ge=1)
     """Networks of galaxies trained from different first weights, whose mean is the mass; with start_from there are as
-    many as that run has. The image is described once for all, so prediction stays as fast."""
+    many as that run has. The image is described once for all of them."""
     start_from: Path | None = None
     """Run folder, or name of packaged weights (default, default-gri), whose first network 2 the training starts from,
     scaler included: fine-tuning, say after training on mock clusters. A network of bands goes on learning (give a lower
