@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -265,13 +266,17 @@ def show(found: dict[str, dict[str, Any]], sample: str) -> None:
         print(f"{(own or first)['against_label'][method]:6.4f}")
 
 
-def null_test(surveys: Surveys) -> float:
-    """MAE against the truth of the recipe `best` trained on shuffled labels, over its folds."""
-    config = load_toml(RunConfig, RECIPES / "best.toml")
+def null_test(name: str, surveys: Surveys) -> float:
+    """MAE against the truth of a recipe whose network 2 was trained on shuffled labels, over its folds."""
+    source, config, _ = run_recipe(name, surveys)
     shuffled, store = surveys(sky(config), config.grid, "labelled", surveys.sizes["labelled"], config.seed)
     order = np.random.default_rng([config.seed, 1234]).permutation(len(shuffled))
     shuffled["log10_m500c"] = np.asarray(shuffled["log10_m500c"])[order]
-    folder = RunFolder(surveys.cache / f"run-null-{len(shuffled)}")
+    folder = RunFolder(surveys.cache / f"run-{name}-shuffled-{len(shuffled)}")
+    if "pretrain" in source.stages:
+        for file in ("encoder.safetensors", "pretrain.json"):
+            shutil.copy(source / file, folder / file)
+        folder.write_json("stages.json", {**folder.stages, "pretrain": source.stages["pretrain"]})
     train_run(folder, store, shuffled, config.train, config.seed, reporter)
     table = QTable.read(folder / "train-out-of-fold.ecsv", format="ascii.ecsv")
     true = np.asarray(read_catalog(folder / "catalog.ecsv")["log10_m500c_true"])
@@ -322,9 +327,10 @@ def main() -> None:
     for part in (folds, test):
         for sample in ("headline", "all"):
             show(part, sample)
-    if "best" in result:
-        result["shuffled"] = {"mae_dex": round(null_test(surveys), 4)}
-        print(f"\nbest, trained on shuffled labels: {result['shuffled']['mae_dex']:.4f} dex (folds, all z)")
+    for name in sorted({"best", "lin2022"} & result.keys()):
+        error = null_test(name, surveys)
+        result[f"{name}-shuffled"] = {"mae_dex": round(error, 4)}
+        print(f"\n{name}, trained on shuffled labels: {error:.4f} dex (folds, all z)")
     print(json.dumps(result))
 
 

@@ -255,8 +255,8 @@ def random_weights(predictor: Predictor, cases: list[Case]) -> None:
             process.value_mean.copy_(values.mean(dim=0))
             process.value_scale.copy_(values.std(dim=0).clamp_min(1e-3))
             process.answer.copy_(process.answer[torch.randperm(len(process.answer))])
-            relevances = process.log_parameters[: process.n_groups]
-            relevances.copy_(relevances[torch.randperm(len(relevances))].clone())
+            for factors in process.log_factors:
+                factors.copy_(factors[torch.randperm(len(factors))].clone())
 
 
 def shuffled_run(run: RunFolder, store: ImageStore) -> Predictor:

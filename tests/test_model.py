@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from torch import nn
 
 from pix2mass import stretch
 from pix2mass.config import GridConfig
@@ -256,6 +257,28 @@ def test_a_gaussian_process_on_features_has_the_gradient_of_its_mass():
     with torch.no_grad():
         change = (network(image + 0.5 * along, *one) - network(image - 0.5 * along, *one)) / 1.0
     assert change.item() == pytest.approx(gradient.norm().item(), rel=0.02) and change > 1e-3
+
+
+class SameImage(nn.Module):
+    """An encoder whose one feature is the image."""
+
+    channels, strides = (1,), (1,)
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        return [image]
+
+
+def test_rings_hold_the_mean_and_the_peaks_of_a_feature_band_by_band():
+    regressor = ProcessRegressor(SameImage(), 2)  # type: ignore[arg-type]
+    images = torch.ones(1, 2, 64, 64)
+    images[:, 0, ::2, 1::2] = 3.0  # one pixel in each of 32 x 32 cells: 1.5 in the mean
+    images[:, 1] = 0.25
+    means, peaks = regressor.described(images, torch.ones(1, 64, 64), torch.tensor([0.2])).values.sinh().chunk(2, dim=1)
+    of_feature = means.unflatten(1, (4, 2)) * 0.5
+    torch.testing.assert_close(of_feature, torch.tensor([1.5, 0.25]).expand(1, 4, 2), atol=0.02, rtol=0)
+    torch.testing.assert_close(peaks.unflatten(1, (4, 2)) * 0.5, torch.tensor([3.0, 0.25]).expand(1, 4, 2))
+    place, feature = regressor.process.groups
+    assert place.tolist() == 2 * list(range(8)) and feature.tolist() == [0] * 8 + [1] * 8
 
 
 def test_a_ring_without_pixels_says_nothing_and_the_others_stay():

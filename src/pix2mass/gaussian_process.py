@@ -1,8 +1,9 @@
 """A regression for few labels and many values: a Gaussian process that learns what each group of values is worth.
 
 Rasmussen & Williams 2006, Gaussian Processes for Machine Learning: prediction, algorithm 2.1; marginal likelihood,
-equation 2.30; squared exponentials with relevances, equation 5.1, here one per group. Written here, not taken from a
-library, since maps need its gradient and runs keep it as plain arrays; it is one kernel and one Cholesky decomposition.
+equation 2.30; squared exponentials with relevances, equation 5.1, here a product of one factor per group. Written here,
+not taken from a library, since maps need its gradient and runs keep it as plain arrays; it is one kernel and one
+Cholesky decomposition.
 """
 
 from __future__ import annotations
@@ -25,18 +26,23 @@ _UNIT_DEX = 0.4
 _RELEVANCE, _CHANGE, _SIZE, _LEVEL, _NOISE = 0.2, 0.15, 2.0, 0.5, 0.1
 """Where it starts: of the groups; how fast the mass changes with redshift at equal values; the variance of the masses;
 that of a line in redshift; that of true masses at equal values."""
+_PULL = 0.1
+"""Of ln factors towards the mean of their kind, about which they are taken to scatter by 2.2: 1 / (2 * 2.2^2) = 0.1."""
 _GROWN = ("known", "known_z", "known_error", "answer")
 
 
 class GaussianProcess(nn.Module):
     """log10 mass as a smooth function of values and redshift.
 
-    The covariance of two clusters with values x, scaled by the root of their groups' relevances, and redshifts z is
+    The covariance of two clusters with values x, scaled by the roots of their relevances, and redshifts z is
     S exp(-|x - x'|^2) exp(-c (z - z')^2) + C (1 + z z'). Far from all labels the mass is their mean; a term linear in
     x, which weighs clusters 1% better, gives empty sky any mass.
 
+    Values are grouped in one or more ways. A value's relevance is the product of the factors of its groups, one of each
+    way, so that few labels can tell the relevances of many values.
+
     Args:
-        groups: (p,) group of each value, 0 to n_groups - 1.
+        groups: (ways, p) group of each value, counted from 0 in each way.
     """
 
     groups: Tensor
@@ -51,12 +57,13 @@ class GaussianProcess(nn.Module):
 
     def __init__(self, groups: Tensor) -> None:
         super().__init__()
+        self.n_groups = [int(way.max()) + 1 for way in groups]
         self.register_buffer("groups", groups, persistent=False)
-        self.n_groups = int(groups.max()) + 1
-        start = [_RELEVANCE] * self.n_groups + [_CHANGE, _SIZE, _LEVEL, _NOISE]
+        factors = [_RELEVANCE] * self.n_groups[0] + [1.0] * sum(self.n_groups[1:])
+        start = [*factors, _CHANGE, _SIZE, _LEVEL, _NOISE]
         self.log_parameters = nn.Parameter(torch.tensor(start, dtype=torch.double).log())
-        self.register_buffer("value_mean", torch.zeros(len(groups)))
-        self.register_buffer("value_scale", torch.ones(len(groups)))
+        self.register_buffer("value_mean", torch.zeros(groups.shape[1]))
+        self.register_buffer("value_scale", torch.ones(groups.shape[1]))
         self.register_buffer("z_scale", torch.tensor([0.0, 1.0], dtype=torch.double))
         self.register_buffer("mean", torch.zeros((), dtype=torch.double))
         for name in _GROWN:
@@ -107,6 +114,8 @@ class GaussianProcess(nn.Module):
                 root = self._root(known[order], known_z[order], error[order])
                 solved = torch.cholesky_solve(wanted[order, None], root)[:, 0]
                 loss = 0.5 * wanted[order] @ solved + root.diagonal().log().sum()
+                for factors in self.log_factors:
+                    loss = loss + _PULL * (factors - factors.mean()).square().sum()
                 loss.backward()
                 optimizer.step()
                 if progress:
@@ -115,6 +124,11 @@ class GaussianProcess(nn.Module):
             root = self._root(known, known_z, error)
             self.answer = torch.cholesky_solve(wanted[:, None], root)[:, 0]
             self.known, self.known_z, self.known_error, self._factor = known.float(), known_z, error, root
+
+    @property
+    def log_factors(self) -> tuple[Tensor, ...]:
+        """ln of the factors of each way of grouping; their products are the relevances. Views of the parameters."""
+        return self.log_parameters[: sum(self.n_groups)].split(self.n_groups)
 
     def forward(self, values: Tensor, z: Tensor) -> Tensor:
         """Mean (m,) of log10 M500c, of clusters with values (m, p) and redshifts (m,)."""
@@ -140,8 +154,9 @@ class GaussianProcess(nn.Module):
         return self._covariance(*self._scaled(values, z), self.known.double(), self.known_z)
 
     def _covariance(self, x: Tensor, z: Tensor, other: Tensor, other_z: Tensor) -> Tensor:
-        change, size, level = self.log_parameters[self.n_groups : -1].exp()
-        weight = (self.log_parameters[: self.n_groups].exp()[self.groups] / len(self.groups)).sqrt()
+        change, size, level = self.log_parameters[-4:-1].exp()
+        relevance = torch.stack([f[way] for f, way in zip(self.log_factors, self.groups, strict=True)]).sum(dim=0).exp()
+        weight = (relevance / len(relevance)).sqrt()
         x, other = x * weight, other * weight
         apart = (x.square().sum(dim=1)[:, None] + other.square().sum(dim=1) - 2 * x @ other.T).clamp_min(0)
         near = torch.exp(-apart - change * (z[:, None] - other_z) ** 2)

@@ -29,9 +29,12 @@ RADIAL_EDGES = (0.06, 0.15, 0.35, 0.75)
 _RING_WIDTH = 0.45
 """Of those rings, in ln radius."""
 _MIN_LOG_SIGMA = math.log(0.02)
-_FAINT_FEATURE = 0.05
-"""Ring means well above it enter the Gaussian process as their logarithm, well below linearly. Features are of order
-one where something is."""
+_FAINT_FEATURE = 0.5
+"""What well above it enters the Gaussian process as its logarithm, well below linearly. Features are of order one where
+something is."""
+_PEAK_CELLS = 32
+"""Cells across an image in each of which the Gaussian process looks for the highest value of a feature: 60 kpc each on
+the default width, so that a ring's mean of them counts galaxies where that of the feature itself weighs light."""
 _LEAST_RING = 0.05
 """Usable share of a ring below which it says nothing."""
 
@@ -421,9 +424,9 @@ class RingMeans(NamedTuple):
 class ProcessRegressor(nn.Module):
     """Network 2 as a Gaussian process on frozen features: log10 M500c and its standard deviation.
 
-    The feature maps of each band are averaged over the usable area in four rings around the centre, and compressed.
-    What each band in each ring is worth is learnt, then the mass: some twenty numbers by maximum likelihood, the rest
-    by solving equations.
+    The feature maps of each band, and their highest values in cells, are averaged over the usable area in four rings
+    around the centre, and compressed. What each band in each ring is worth is learnt, and each feature, then the mass:
+    a hundred numbers by maximum likelihood, the rest by solving equations.
 
     Args:
         encoder: network 1's encoder, shared by the bands.
@@ -436,10 +439,15 @@ class ProcessRegressor(nn.Module):
     def __init__(self, encoder: Encoder, n_bands: int, units: PhysicalScale | None = None) -> None:
         super().__init__()
         self.encoder, self.units = encoder, units
-        n_rings = len(RADIAL_EDGES)
-        band = [torch.arange(n_bands).repeat_interleave(channels) for channels in encoder.channels]
-        groups = [(one + n_bands * torch.arange(n_rings)[:, None]).flatten() for one in band]
-        self.process = GaussianProcess(torch.cat(groups))
+        n_rings, n_features = len(RADIAL_EDGES), 0
+        place, feature = [], []
+        for channels in encoder.channels:
+            band = torch.arange(n_bands).repeat_interleave(channels)
+            for _ in ("means", "peaks"):
+                place.append((band + n_bands * torch.arange(n_rings)[:, None]).flatten())
+                feature.append((n_features + torch.arange(channels)).repeat(n_rings * n_bands))
+                n_features += channels
+        self.process = GaussianProcess(torch.stack([torch.cat(place), torch.cat(feature)]))
 
     def rescale(self, images: Tensor, noise: Tensor, z: Tensor) -> Tensor:
         """As :meth:`MassRegressor.rescale`."""
@@ -450,10 +458,10 @@ class ProcessRegressor(nn.Module):
         return WholeImages(self)
 
     def described(self, images: Tensor, valid: Tensor, z: Tensor) -> RingMeans:
-        """Compressed ring means of the features, NaN where a ring is masked or a band has no pixels; arguments as
-        :meth:`forward`."""
+        """Compressed ring means of the features and of their peaks, NaN where a ring is masked or a band has no pixels;
+        arguments as :meth:`forward`."""
         values, missing = [], (images == 0).all(dim=3).all(dim=2)
-        for maps in _features(self.encoder, images):
+        for maps in (part for level in _features(self.encoder, images) for part in (level, _peaks(level))):
             size = (maps.shape[2], maps.shape[3])
             rings = _rings(size, maps.device)
             weight = F.adaptive_avg_pool2d(valid[:, None], size) * rings
@@ -534,6 +542,11 @@ def make_regressor(info: Mapping[str, Any], grid: GridConfig) -> Regressor:
     if network == "gaussian-process":
         return ProcessRegressor(encoder, len(grid.bands), units)
     return MassRegressor(encoder, len(grid.bands), info["use_redshift"], units=units)
+
+
+def _peaks(maps: Tensor) -> Tensor:
+    """The highest value in each of 32 x 32 cells, or the maps (n, channels, h, w) themselves where they have fewer."""
+    return F.adaptive_max_pool2d(maps, [min(_PEAK_CELLS, n) for n in maps.shape[2:]])
 
 
 def _rings(size: tuple[int, int], device: torch.device) -> Tensor:
