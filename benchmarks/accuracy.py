@@ -52,7 +52,7 @@ ORDER = (
 )
 HEADLINE_Z = (0.1, 0.4)
 FULL = {"labelled": 1000, "unlabelled": 5000, "test": 10_000, "sim": 6000}
-QUICK = {"labelled": 240, "unlabelled": 240, "test": 400, "sim": 400}
+QUICK = {"labelled": 200, "unlabelled": 200, "test": 300, "sim": 300}
 """Clusters of each kind: of the standard task, and of --quick."""
 PREFIX = {"labelled": "L", "unlabelled": "U", "test": "test-"}
 """Of the ids, which decide the sky around each cluster."""
