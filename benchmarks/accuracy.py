@@ -54,6 +54,8 @@ HEADLINE_Z = (0.1, 0.4)
 FULL = {"labelled": 1000, "unlabelled": 5000, "test": 10_000, "sim": 6000}
 QUICK = {"labelled": 200, "unlabelled": 200, "test": 300, "sim": 300}
 """Clusters of each kind: of the standard task, and of --quick."""
+QUICK_FOLDS = 3
+"""At most, with --quick: training so few clusters takes about as long for each fold as training many."""
 PREFIX = {"labelled": "L", "unlabelled": "U", "test": "test-"}
 """Of the ids, which decide the sky around each cluster."""
 METHODS = ("constant", "redshift", "richness", "richness_true")
@@ -75,10 +77,11 @@ class Surveys:
         cache: folder.
         sizes: clusters of each kind.
         workers: processes that draw the images.
+        most_folds: recipes with more are cut to as many; None leaves them as they are.
     """
 
-    def __init__(self, cache: Path, sizes: dict[str, int], workers: int = 1) -> None:
-        self.cache, self.sizes, self.workers = cache, sizes, workers
+    def __init__(self, cache: Path, sizes: dict[str, int], workers: int = 1, most_folds: int | None = None) -> None:
+        self.cache, self.sizes, self.workers, self.most_folds = cache, sizes, workers, most_folds
 
     def __call__(self, mock: MockConfig, grid: GridConfig, kind: str, n: int, seed: int) -> tuple[QTable, ImageStore]:
         """Catalogue, with richness where it is a rival, and images of n clusters of a kind."""
@@ -107,9 +110,16 @@ def sky(config: RunConfig) -> MockConfig:
     return config.mock.model_copy(update={name: MockConfig.model_fields[name].default for name in same})
 
 
+def read_recipe(name: str, surveys: Surveys) -> RunConfig:
+    """A recipe's file, with as many folds as the surveys allow."""
+    config = load_toml(RunConfig, RECIPES / f"{name}.toml")
+    folds = min(config.train.folds, surveys.most_folds or config.train.folds)
+    return config.model_copy(update={"train": config.train.model_copy(update={"folds": folds})})
+
+
 def run_recipe(name: str, surveys: Surveys) -> tuple[RunFolder, RunConfig, float]:
     """Train a recipe unless that was done: its run folder, its configuration and the seconds that training took."""
-    config = load_toml(RunConfig, RECIPES / f"{name}.toml")
+    config = read_recipe(name, surveys)
     train, seconds = _started(config.train, surveys)
     n = surveys.sizes["sim" if sky(config).configuration == "sim" else "labelled"]
     folder = RunFolder(surveys.cache / f"run-{name}-{n}")
@@ -299,7 +309,7 @@ def main() -> None:
         parser.add_argument(f"--{kind}", type=int, help=f"clusters of this kind, in place of {n:,}")
     args = parser.parse_args()
     sizes = {kind: getattr(args, kind) or n for kind, n in (QUICK if args.quick else FULL).items()}
-    surveys = Surveys(args.cache, sizes, args.workers)
+    surveys = Surveys(args.cache, sizes, args.workers, QUICK_FOLDS if args.quick else None)
     print(", ".join(f"{kind} {n}" for kind, n in sizes.items()))
     if args.learning_curve:
         if args.recipe and len(args.recipe) > 1:
@@ -336,7 +346,7 @@ def main() -> None:
 
 def curve(name: str, surveys: Surveys) -> None:
     """Error of a recipe against the number of labels, beside richness with as many, and of unlabelled images."""
-    config = load_toml(RunConfig, RECIPES / f"{name}.toml")
+    config = read_recipe(name, surveys)
     n = 4 * surveys.sizes["labelled"]
     folder = RunFolder(surveys.cache / f"run-{name}-{n}")
     _train_recipe(name, config, _started(config.train, surveys)[0], folder, n, surveys)
