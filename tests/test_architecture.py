@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": _NETWORKS | {"weights"},
     "predict": _NETWORKS | {"catalog", "weights"},
     "evaluate": _NETWORKS | {"catalog", "richness", "train", "predict"},
-    "explain": {"types", "config", "cosmology", "run", "store", "predict", "model", "stretch"},
+    "explain": {"types", "config", "cosmology", "run", "store", "predict", "model", "stretch", "weights"},
     "report": {"types", "run", "cosmology"},
 }
 """Module or folder of the package -> those it may import. A folder's own modules may import each other."""

@@ -340,6 +340,25 @@ def test_ids_do_not_leave_the_folder_and_blank_cutouts_are_refused(trained):
         explain(folder, store, ["nobody"])
 
 
+def test_a_missing_redshift_is_no_redshift_of_nought(trained, tmp_path):
+    folder, store, _ = trained
+    catalog = toy_catalog(3, 5)
+    catalog["z"][1] = np.nan
+    other = build(catalog, ToySource(store.grid), tmp_path / "noz.zarr", store.grid)
+    with pytest.raises(Pix2massError, match="1 clusters have no redshift.*toy-1"):
+        explain(folder, other, ["toy-0", "toy-1"], steps=2)
+    assert explain(folder, other, ["toy-0"], steps=2)
+
+
+def test_maps_of_packaged_weights_do_not_go_into_the_package(tmp_path):
+    grid = Predictor("default").grid
+    store = build(toy_catalog(2, 6), ToySource(grid), tmp_path / "fine.zarr", grid)
+    with pytest.raises(Pix2massError, match="packaged weights.*where to write"):
+        explain("default", store, ["toy-0"], steps=2)
+    (path,) = explain("default", store, ["toy-0"], steps=2, out=tmp_path / "maps")
+    assert path.parent == tmp_path / "maps"
+
+
 def test_any_id_makes_a_name_of_its_own():
     names = [file_name(text) for text in ("RMJ222655.7-005503.6", "a/b", "..", "é" * 64, "é" * 63 + "è", "a\0b")]
     assert names[0] == "RMJ222655.7-005503.6" and len(set(names)) == len(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 
@@ -12,9 +13,12 @@ from astropy.io import fits
 from astropy.table import QTable
 from astropy.wcs import WCS
 
-from pix2mass import cli
-from pix2mass.config import GridConfig
+from pix2mass import cli, pipeline
+from pix2mass.config import BuildConfig, GridConfig, MockConfig, TrainConfig
+from pix2mass.distribute import InProcess
 from pix2mass.run import RunFolder
+from pix2mass.store import build
+from pix2mass.types import Pix2massError
 
 GRID = GridConfig(bands="gri", width_kpc=None, width_arcsec=80.0, n_pixels=16)
 CONFIG = """
@@ -97,3 +101,52 @@ def test_own_images_and_labels_from_catalogue_to_report(tmp_path, monkeypatch, c
     text = re.sub(r"<style.*?</style>|<[^>]*>", " ", (run / "report.html").read_text(), flags=re.DOTALL)
     assert not re.search(r"\bnan\b", text), "a number of the report is not one"
     assert "Real" in text
+
+
+def builds(tmp_path, catalog: QTable):
+    config = BuildConfig(cutouts=f"{tmp_path}/images/{{id}}-{{band}}.fits")
+    return pipeline.build_store(catalog, config, GRID, tmp_path / "own.zarr", InProcess(), silent)
+
+
+@contextlib.contextmanager
+def silent(_: str):
+    yield lambda *_: None
+
+
+def test_a_store_is_not_taken_for_one_of_files_that_have_changed(tmp_path):
+    (tmp_path / "images").mkdir()
+    catalog = toy_catalog(3, 1)
+    write_images(catalog, tmp_path / "images")
+    checksum = builds(tmp_path, catalog).checksum
+    assert builds(tmp_path, catalog).checksum == checksum, "the same files are not read again"
+    path = tmp_path / "images" / "toy-1-r.fits"
+    with fits.open(path) as hdus:
+        hdus[0].data *= 10
+        hdus.writeto(path, overwrite=True)
+    with pytest.raises(Pix2massError, match="other clusters, positions, redshifts or images.*remove it"):
+        builds(tmp_path, catalog)
+
+
+@pytest.mark.parametrize(("column", "change"), [("z", 0.02), ("dec_deg", 0.01)])
+def test_training_refuses_images_made_for_another_place_or_redshift(tmp_path, column, change):
+    catalog = toy_catalog(30, 1)
+    store = build(catalog, ToySource(GRID), tmp_path / "toy.zarr", GRID)
+    catalog[column][4] += change
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(
+        Pix2massError, match="1 clusters have another position or redshift.*toy-4.*build the store again"
+    ):
+        pipeline.train_run(folder, store, catalog, TrainConfig(folds=2, accelerator="cpu"), 1, silent)
+
+
+def test_mock_files_of_two_surveys_do_not_mix(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "measure_richness", lambda *_: None)
+    first = MockConfig(n_labelled=20, n_unlabelled=20)
+    grid = GridConfig(n_pixels=16)
+    pipeline.write_mock_files(first, grid, 1, tmp_path, "cutouts", InProcess(), silent)
+    pipeline.write_mock_files(first, grid, 1, tmp_path, "cutouts", InProcess(), silent)
+    before = (tmp_path / "labelled" / "L000000-r.fits").read_bytes()
+    for config, seed in ((first, 2), (first.model_copy(update={"log10_m500c_min": 14.5}), 1)):
+        with pytest.raises(Pix2massError, match="another mock survey lies here.*choose another --out"):
+            pipeline.write_mock_files(config, grid, seed, tmp_path, "cutouts", InProcess(), silent)
+    assert (tmp_path / "labelled" / "L000000-r.fits").read_bytes() == before

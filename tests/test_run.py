@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import tomllib
 
 import pytest
+import torch
 
+from pix2mass import run
 from pix2mass.config import GridConfig, TrainConfig
 from pix2mass.run import RunFolder, digest, write_atomic
 from pix2mass.types import Pix2massError
@@ -120,6 +123,29 @@ def test_provenance_says_where_it_comes_from(folder):
     assert kept["seed"] == 9 and kept["stores"] == {"labelled": "abc"}
     assert {"numpy", "torch", "pix2mass"} <= set(kept["versions"]) and kept["command"].startswith("pix2mass")
     json.dumps(kept)
+    folder.write_provenance(seed=9, stores={"unlabelled": "def"})
+    assert folder.read_json("provenance.json")["stores"] == {"labelled": "abc", "unlabelled": "def"}
+
+
+def test_the_commit_is_the_packages_own(tmp_path, monkeypatch):
+    def git(*command: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *command], check=True)
+
+    git("init", "-q")
+    (tmp_path / "run.py").touch()
+    git("commit", "-q", "--allow-empty", "-m", "another project's")
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    assert run._git_commit() is None, "the file is not one of that project"
+    git("add", "run.py")
+    git("commit", "-q", "-m", "the project")
+    commit = run._git_commit()
+    assert commit is not None and len(commit) == 40
+
+
+def test_a_layer_under_two_names_is_kept_twice(folder):
+    layer = torch.arange(3.0)
+    folder.save_weights("shared", {"a": layer, "b": layer})
+    assert torch.equal(folder.load_weights("shared")["b"], layer)
 
 
 def test_digest_follows_the_values_not_their_order():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import linecache
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +13,13 @@ import pytest
 import torch
 from _toy import ToySource, toy_catalog
 from astropy.table import QTable
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pix2mass.config import GridConfig, PretrainConfig, TrainConfig
 from pix2mass.model import Encoder
 from pix2mass.predict import Predictor, predict
 from pix2mass.run import RunFolder
+from pix2mass.scale import PhysicalScale
 from pix2mass.store import ImageStore, build
 from pix2mass.train import (
     RichnessBlend,
@@ -26,7 +31,7 @@ from pix2mass.train import (
     train,
 )
 from pix2mass.train.fit import EpochSampler, is_whole
-from pix2mass.types import Pix2massError
+from pix2mass.types import Flag, Pix2massError
 
 GRID = GridConfig(bands="gri", n_pixels=16)
 PRETRAIN = PretrainConfig(epochs=3, batch_size=24, accelerator="cpu")
@@ -455,3 +460,89 @@ def test_richness_blend_finds_the_relation_it_was_made_with():
     assert np.isnan(blend.predict(estimate, richness, z)[3])
     with pytest.raises(Pix2massError, match="at least 20"):
         RichnessBlend.fit(estimate[:10], richness[:10], z[:10], label[:10])
+
+
+def test_another_training_leaves_nothing_of_the_one_before(pretrained, toy, tmp_path):
+    catalog, store = toy
+    folder = copy(pretrained, tmp_path / "run")
+    train(store, catalog, folds(90), folder, TRAIN, 1)
+    files = [folder / name for name in ("metrics.json", "predictions.ecsv", "masses.ecsv", "report.html", "maps")]
+    files[-1].mkdir()
+    for file in files[:-1]:
+        file.touch()
+    train(store, catalog, folds(90), folder, TRAIN, 1)
+    assert all(file.exists() for file in files), "the same training again is skipped"
+    train(store, catalog, folds(90), folder, TRAIN, 2)
+    assert not any(file.exists() for file in files)
+
+
+@pytest.mark.parametrize("name", ["model.json", "fold-1.safetensors"])
+def test_what_a_finished_training_has_lost_is_made_again(pretrained, toy, tmp_path, name):
+    catalog, store = toy
+    folder = copy(pretrained, tmp_path / "run")
+    first = train(store, catalog, folds(90), folder, TRAIN, 1)
+    (folder / name).unlink()
+    again = train(store, catalog, folds(90), folder, TRAIN, 1)
+    Predictor(folder)
+    np.testing.assert_array_equal(first["log10_m500c"], again["log10_m500c"])
+
+
+def test_network_2_wants_the_grid_of_network_1(pretrained, toy, tmp_path):
+    catalog, _ = toy
+    grid = GRID.model_copy(update={"n_pixels": 32})
+    store = build(catalog, ToySource(grid), tmp_path / "other.zarr", grid)
+    with pytest.raises(Pix2massError, match="network 1 was trained on.*build the store on that grid"):
+        train(store, catalog, folds(90), copy(pretrained, tmp_path / "run"), TRAIN, 1)
+
+
+def test_without_redshifts_no_redshift_is_too_high(tmp_path):
+    grid = GridConfig(bands="gri", n_pixels=16, width_kpc=None, width_arcsec=80.0)
+    catalog = toy_catalog(60, 1)
+    catalog["z"][::2] = np.nan
+    store = build(catalog, ToySource(grid), tmp_path / "toy.zarr", grid)
+    folder = RunFolder(tmp_path / "run")
+    pretrain(store, folder, PRETRAIN, 1)
+    train(store, catalog, folds(60), folder, TRAIN.model_copy(update={"use_redshift": False}), 1)
+    assert folder.read_json("model.json")["training_prior"]["slope"] == 0.0
+    folder.write_provenance(1)
+    masses = predict(folder, build(toy_catalog(60, 1, "new"), ToySource(grid), tmp_path / "new.zarr", grid))
+    flags = np.asarray(masses["flags"])
+    assert not (flags & int(Flag.REDSHIFT_EXTRAPOLATED)).any() and np.mean(masses["trusted"]) > 0.8
+
+
+def test_an_encoder_whose_code_has_changed_is_trained_again(toy, tmp_path, monkeypatch):
+    store = toy[1]
+    code = """
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(1, WIDTH, 3, 2, 1)
+
+    def forward(self, image):
+        return [self.layer(image).relu()]
+
+def make():
+    return Own()
+"""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    config = PRETRAIN.model_copy(update={"encoder": "own_for_test:make", "epochs": 1})
+    folder = RunFolder(tmp_path / "run")
+    for width in (4, 8):
+        (tmp_path / "own_for_test.py").write_text(code.replace("WIDTH", str(width)))
+        linecache.clearcache()
+        sys.modules.pop("own_for_test", None)
+        importlib.invalidate_caches()
+        if width == 8:
+            with pytest.raises(Pix2massError, match="no longer what network 1 was trained with; pretrain again"):
+                train(store, toy[0], folds(90), folder, TRAIN, 1)
+        assert pretrain(store, folder, config, 1).backbone.layer.out_channels == width
+    sys.modules.pop("own_for_test", None)
+
+
+def test_light_is_rescaled_where_the_images_are_though_the_network_is_elsewhere():
+    with FakeTensorMode():
+        scale = PhysicalScale(GRID).to("cuda")
+        assert scale.per_noise(torch.ones(2, 3), torch.tensor([0.1, 0.3])).device.type == "cpu"

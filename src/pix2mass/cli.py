@@ -14,6 +14,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from pix2mass.config import (
+    PUBLIC_ARCHIVE,
     BaselineConfig,
     BuildConfig,
     CatalogConfig,
@@ -651,7 +652,7 @@ def predict(
     /,
     *,
     run: Path | None = None,
-    weights: str = "default",
+    weights: str | None = None,
     source: Source = None,
     ra: float | None = None,
     dec: float | None = None,
@@ -675,7 +676,8 @@ def predict(
     run
         Run folder after training.
     weights
-        Packaged weights, where no run is given: default (u, g, r, i, z) or default-gri.
+        Packaged weights in place of a run: default (u, g, r, i, z), which is taken where neither is given, or
+        default-gri.
     ra
         Right ascension of one position, ICRS degrees, in place of a catalogue; its images come from the public archive
         where no source is given.
@@ -713,11 +715,16 @@ def predict(
     is_store = clusters is not None and ("://" in clusters or Path(clusters).is_dir())
     if clusters is not None and not is_store and not Path(clusters).exists():
         raise Pix2massError(f"{clusters}: no such catalogue or image store")
-    predictor = Predictor(run or open_weights(weights))
+    if run is not None and weights is not None:
+        raise Pix2massError(f"--run {run} and --weights {weights} exclude each other: give one of them")
+    predictor = Predictor(run or open_weights(weights or "default"))
     if is_store and source is not None:
         raise Pix2massError(f"{clusters} is an image store: --frames and --cutouts go with a catalogue")
     if clusters is not None and not is_store and source is None:
-        raise Pix2massError(f"{clusters} is a catalogue: say where its images are with --frames, --hips or --cutouts")
+        raise Pix2massError(
+            f"{clusters} is a catalogue: say where its images are with --frames, --hips or --cutouts (--frames "
+            f"{PUBLIC_ARCHIVE} is the public archive; `pix2mass build {clusters} --plan` says what that costs)"
+        )
     with open_workers(_cores(workers), scheduler) as pool, tempfile.TemporaryDirectory() as scratch:
         errors: Any = z_err or 0.0
         if is_store:
@@ -791,7 +798,7 @@ def pack(run: Path, out: Path, /, *, fold: int = 0) -> None:
 
 @app.command(help_epilogue="Example: `pix2mass explain runs/demo clusters.zarr --ids RMJ222655.7-005503.6`")
 def explain(
-    run: Path,
+    run: str,
     store: str = "",
     /,
     *,
@@ -806,20 +813,22 @@ def explain(
     Parameters
     ----------
     run
-        Run folder after training.
+        Run folder after training, or packaged weights by name: default, default-gri.
     store
         Images; those the run itself made of its labelled clusters if not given.
     ids
         Clusters, separated by commas; the gallery of the run's report if not given.
     out
-        Folder for the maps; RUN/maps if not given.
+        Folder for the maps; RUN/maps if not given, which packaged weights do not have.
     """
     from pix2mass import pipeline
     from pix2mass.report import write_map_figure
-    from pix2mass.run import RunFolder
     from pix2mass.store import ImageStore
+    from pix2mass.weights import is_packaged, open_run
 
-    folder = RunFolder.open(run)
+    folder = open_run(run)
+    if is_packaged(folder) and not (store and ids):
+        raise Pix2massError(f"{run} are packaged weights: name a store of images and, with --ids, clusters of it")
     images = ImageStore.open(store) if store else pipeline.labelled_store(folder)
     chosen = ids.split(",") if ids else pipeline.choose_clusters(folder, config.n_clusters)
     with _progress("making attribution maps") as progress:

@@ -355,7 +355,8 @@ def _bins(
                 "bias_dex": float(residual.mean()),
                 "coverage_68": float(((pit[inside] >= 0.16) & (pit[inside] <= 0.84)).mean()),
             }
-            if "richness" in methods:
-                entry["mae_richness_dex"] = float(np.nanmean(np.abs(methods["richness"][inside] - reference[inside])))
+            missed = np.abs(methods["richness"][inside] - reference[inside]) if "richness" in methods else np.array([])
+            if np.isfinite(missed).any():
+                entry["mae_richness_dex"] = float(np.nanmean(missed))
             out[name].append(entry)
     return out

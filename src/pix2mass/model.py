@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -189,6 +190,16 @@ class Encoder(nn.Module):
             One map per level, finest first: (n, channels[k], h / strides[k], w / strides[k]).
         """
         return [tap(level) for tap, level in zip(self.taps, self.backbone(image), strict=True)]
+
+
+def source_of(name: str) -> str | None:
+    """The code of one's own encoder, "module:function", which decides a training as its name does; None for others."""
+    if ":" not in name:
+        return None
+    try:
+        return inspect.getsource(importlib.import_module(name.partition(":")[0]))
+    except (ImportError, OSError, TypeError):  # a missing module has its message where the encoder is made
+        return None
 
 
 _PROBE_PIXELS = 64

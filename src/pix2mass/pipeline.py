@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from astropy.coordinates import angular_separation
 from astropy.table import QTable, vstack
 
 from pix2mass.catalog import read_catalog, sky_folds, write_catalog
@@ -30,7 +32,7 @@ from pix2mass.images.mock.population import draw_clusters
 from pix2mass.images.mock.source import MockSource
 from pix2mass.images.plan import plan_frames, plan_hips, square_widths
 from pix2mass.images.window import WINDOW_FLIST, ask_skyserver, find_window_flist, read_window_flist
-from pix2mass.predict import predict
+from pix2mass.predict import Predictor, predict
 from pix2mass.report import OutOfFold, Tile, write_contact_sheet, write_report
 from pix2mass.richness import (
     PUBLISHED,
@@ -153,9 +155,13 @@ def build_store(
     same bytes as one from a folder.
     """
     source = open_source(config, grid, catalog, reporter)
-    provenance = {**config.decides(), **getattr(source, "provenance", {})}
+    provenance = {**config.decides(), **_files(config, catalog, grid), **getattr(source, "provenance", {})}
+    title = f"building {Path(out).name}"
+    with contextlib.suppress(Pix2massError):
+        ImageStore.open(out)
+        title = f"taking the images of {Path(out).name}, made before (remove it to make them anew)"
     try:
-        with reporter(f"building {Path(out).name}") as progress:
+        with reporter(title) as progress:
             store = build(catalog, source, out, grid, provenance, workers, progress)
         if config.frames is not None and not config.keep_frames:
             with contextlib.closing(_open_frames(config)) as archive:
@@ -165,6 +171,19 @@ def build_store(
         close = getattr(source, "close", None)
         if close:
             close()
+
+
+def _files(config: BuildConfig, catalog: QTable, grid: GridConfig) -> dict[str, str]:
+    """Digest of the user's own cutouts, by name, size and time: one that is mended or added makes other images."""
+    if config.cutouts is None:
+        return {}
+    paths = [
+        Path(config.cutouts.replace("{band}", band).replace("{id}", str(name)))
+        for name in catalog["id"]
+        for band in grid.bands
+    ]
+    found = [[str(path), *((s := path.stat()).st_size, s.st_mtime_ns)] for path in paths if path.is_file()]
+    return {"files": digest(found)}
 
 
 def make_mock(
@@ -219,17 +238,21 @@ def write_mock_files(
         config: of the mock sky.
         grid: of the cutouts; of frames, the width that they are to cover.
         seed: same seed, same bytes.
-        out: folder; gets ``labelled.ecsv``, ``unlabelled.ecsv``, and ``labelled/ID-BAND.fits`` and
-            ``unlabelled/ID-BAND.fits``, or ``dr12/...`` in the layout of the SDSS archive.
+        out: folder; gets ``survey.json`` (settings and seed), ``labelled.ecsv``, ``unlabelled.ecsv``, and
+            ``labelled/ID-BAND.fits`` and ``unlabelled/ID-BAND.fits``, or ``dr12/...`` in the archive's layout.
         images: which of the two.
         workers: draw the frames.
         reporter: shows progress.
+
+    Raises:
+        Pix2massError: another survey lies there.
     """
     source = MockSource(config, grid, seed)
     catalogs = {
         kind: draw_clusters(config, n, seed, kind[0].upper())
         for kind, n in (("labelled", config.n_labelled), ("unlabelled", config.n_unlabelled))
     }
+    _check_same_survey(config, seed, out)
     if images == "frames":
         both = vstack(list(catalogs.values()), metadata_conflicts="silent")
         draw_frames(both, config, grid, seed, out, workers, reporter)
@@ -241,6 +264,15 @@ def write_mock_files(
                     write_cutout(source.cutout(cluster), str(cluster["id"]), pattern)
                     progress(done + 1, len(catalog))
     _write_mock_catalogs(catalogs["labelled"], catalogs["unlabelled"], source, seed, out, reporter)
+
+
+def _check_same_survey(config: MockConfig, seed: int, out: Path) -> None:
+    """That the folder holds nothing yet, or files of this survey, on which a killed command goes on."""
+    path, survey = out / "survey.json", {"seed": seed, "config": config.model_dump(mode="json")}
+    if path.exists() and json.loads(path.read_text()) != survey:
+        raise Pix2massError(f"{out}: another mock survey lies here (see {path}); remove it or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(survey, indent=2) + "\n")
 
 
 def draw_frames(
@@ -390,13 +422,14 @@ def evaluate_run(folder: RunFolder, store: ImageStore, seed: int, reporter: Repo
         What metrics.json holds.
 
     Raises:
-        Pix2massError: the run has not been trained.
+        Pix2massError: the run has not been trained, or on images of another grid or of other positions or redshifts.
     """
     catalog = read_catalog(_need(folder, "catalog.ecsv"))
     folds = QTable.read(_need(folder, "folds.ecsv"), format="ascii.ecsv")
     out_of_fold = QTable.read(_need(folder, "train-out-of-fold.ecsv"), format="ascii.ecsv")
     config = folder.read_config("train", TrainConfig)
-    store = store.with_bands(folder.read_json("model.json")["bands"])
+    store = Predictor(folder).images(store)
+    _check_same_clusters(store, store.rows([str(cluster_id) for cluster_id in catalog["id"]]), catalog)
     null = catalog.copy()
     order = np.random.default_rng([seed, 1234]).permutation(len(null))
     for name in ("log10_m500c", "log10_m500c_err"):
@@ -434,9 +467,14 @@ def evaluate_run(folder: RunFolder, store: ImageStore, seed: int, reporter: Repo
 def train_run(
     folder: RunFolder, store: ImageStore, catalog: QTable, config: TrainConfig, seed: int, reporter: Reporter
 ) -> None:
-    """Deal the folds, keep them and the catalogue in the run folder, and train one network 2 per fold."""
+    """Deal the folds, keep them and the catalogue in the run folder, and train one network 2 per fold.
+
+    Raises:
+        Pix2massError: too few labels, or images of other positions or redshifts.
+    """
     labelled = catalog[np.isfinite(np.asarray(catalog["log10_m500c"], float))]
     rows = store.rows([str(cluster_id) for cluster_id in labelled["id"]])
+    _check_same_clusters(store, rows, labelled)
     usable = labelled[np.isfinite(store.noise[rows]).any(axis=1)]
     if len(usable) < len(labelled):
         folder.announce(f"{len(labelled) - len(usable)} labelled clusters have no usable pixels and are left out")
@@ -459,6 +497,24 @@ def train_run(
     write_catalog(usable, folder / "catalog.ecsv")
     write_catalog(QTable({"id": usable["id"], "fold": fold}), folder / "folds.ecsv")
     folder.write_provenance(seed, stores={"labelled": store.checksum})
+
+
+_SAME_POSITION_ARCSEC, _SAME_REDSHIFT = 1.0, 1e-4
+
+
+def _check_same_clusters(store: ImageStore, rows: np.ndarray, catalog: QTable) -> None:
+    """That positions and redshifts are still those the images were made for: a redshift decides how wide they are."""
+    places = (catalog["ra_deg"], catalog["dec_deg"], store.ra_deg[rows], store.dec_deg[rows])
+    off_arcsec = 3600 * np.degrees(angular_separation(*(np.radians(np.asarray(place, float)) for place in places)))
+    z_change = np.abs(np.asarray(catalog["z"], float) - store.z[rows])
+    changed = (off_arcsec > _SAME_POSITION_ARCSEC) | (z_change > _SAME_REDSHIFT)
+    if changed.any():
+        names = ", ".join(str(cluster_id) for cluster_id in catalog["id"][changed][:5])
+        raise Pix2massError(
+            f"{store.path}: {int(changed.sum())} clusters have another position or redshift in the catalogue than "
+            f"their images were made for ({names}): by up to {off_arcsec.max():.0f} arcsec and "
+            f"{np.nanmax(z_change, initial=0):.3f} in z; build the store again from this catalogue"
+        )
 
 
 def run(config: RunConfig, folder: RunFolder, workers: Workers, reporter: Reporter) -> dict[str, Any]:
@@ -680,12 +736,13 @@ def _survey(config: RunConfig, folder: RunFolder, workers: Workers, reporter: Re
     assert config.data is not None  # the config holds one of the two
     data = config.data
     source = BuildConfig(**{name: getattr(data, name) for name in BuildConfig.model_fields})
-    need = ("z",) if config.grid.width_kpc else ()
+    # Of unlabelled clusters too: in the end they are weighed.
+    need = ("z",) if config.grid.width_kpc or config.train.use_redshift else ()
     tables = {name: read_catalog(getattr(data, name), need=need) for name in ("labelled", "unlabelled")}
     stores = {}
     for name, table in tables.items():
         columns = (table[column].tolist() for column in ("id", "ra_deg", "dec_deg", "z"))
-        key = digest("build", source.decides(), config.grid, *columns)
+        key = digest("build", source.decides(), _files(source, table, config.grid), config.grid, *columns)
         out = folder / f"{name}-{key}.zarr"
         if folder.is_done(f"build-{name}", key, out):
             stores[name] = ImageStore.open(out)

@@ -99,6 +99,15 @@ class Predictor:
             )
         return chosen
 
+    def check_redshifts(self, store: ImageStore, rows: np.ndarray | slice = slice(None)) -> None:
+        """That rows of a store have the redshifts that the networks take, if they do.
+
+        Raises:
+            Pix2massError: one is missing.
+        """
+        if self.info["use_redshift"]:
+            _check_redshifts(store, rows, "the run")
+
     @torch.no_grad()
     def posterior(self, images: Tensor, valid: Tensor, z: Tensor) -> Posterior:
         """Posteriors of the true masses under the training clusters' distribution, from all folds and views.
@@ -179,12 +188,9 @@ def predict(
     store = predictor.images(store if isinstance(store, ImageStore) else ImageStore.open(store))
     info = predictor.info
     z = store.z.copy()
-    if (info["use_redshift"] or prior == "mass-function") and not np.isfinite(z).all():
-        missing = [store.ids[row] for row in np.flatnonzero(~np.isfinite(z))]
-        needs = "the run" if info["use_redshift"] else "the mass function"
-        raise Pix2massError(
-            f"{store.path}: {len(missing)} clusters have no redshift and {needs} needs one: {', '.join(missing[:5])}"
-        )
+    if prior == "mass-function":
+        _check_redshifts(store, slice(None), "the mass function")
+    predictor.check_redshifts(store)
     errors = np.nan_to_num(np.broadcast_to(np.asarray(z_err, float), z.shape))
     site = _Site.of(predictor, store, _Choices(prior, correct_shrinkage, errors))
     names = ("log10_m500c", "log10_m500c_err", *QUANTILES)
@@ -297,6 +303,14 @@ def _estimate_batches(site: _Site, batches: list[range]) -> Iterator[_Batch]:
         yield _Batch(rows, columns, _flags(site, chosen, images, mask, noise, training_mass))
 
 
+def _check_redshifts(store: ImageStore, rows: np.ndarray | slice, who: str) -> None:
+    missing = np.asarray(store.ids)[rows][~np.isfinite(store.z[rows])]
+    if len(missing):
+        raise Pix2massError(
+            f"{store.path}: {len(missing)} clusters have no redshift and {who} needs one: {', '.join(missing[:5])}"
+        )
+
+
 def _posterior(predictor: Predictor, images: Tensor, valid: Tensor, noise: Tensor, z: np.ndarray) -> Posterior:
     redshift = torch.tensor(z, dtype=torch.float32)
     return predictor.posterior(predictor.regressors[0].rescale(images, noise, redshift), valid, redshift)
@@ -362,7 +376,7 @@ def _flags(
     seen = np.isfinite(store.noise[chosen])
     covered = 1.0 - mask.float().mean(dim=(1, 2, 3)).double().numpy()
     wrong = {
-        Flag.REDSHIFT_EXTRAPOLATED: (z < info["z_range"][0]) | (z > info["z_range"][1]),
+        Flag.REDSHIFT_EXTRAPOLATED: _outside(z, info["z_range"]),
         Flag.LOW_COVERAGE: covered < info["min_coverage"],
         Flag.MISSING_BAND: seen.any(axis=1) & ~seen.all(axis=1),
         Flag.NO_ESTIMATE: ~np.isfinite(mass),
@@ -375,6 +389,11 @@ def _flags(
     for flag, where in wrong.items():
         bits[where] |= int(flag)
     return bits
+
+
+def _outside(z: np.ndarray, z_range: list[float] | None) -> np.ndarray:
+    """Redshifts (n,) beyond those of training, if training knew any."""
+    return np.zeros(len(z), bool) if z_range is None else ~((z >= z_range[0]) & (z <= z_range[1]))
 
 
 def as_estimates(table: QTable) -> list[MassEstimate]:

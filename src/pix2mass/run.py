@@ -182,7 +182,8 @@ class RunFolder:
         from safetensors.torch import save_file
 
         part = self / f".{name}.part"
-        save_file({key: tensor.contiguous() for key, tensor in state.items()}, part)
+        # Copies: a layer that a network uses under two names would share its memory, which the format refuses.
+        save_file({key: tensor.contiguous().clone() for key, tensor in state.items()}, part)
         os.replace(part, self / f"{name}.safetensors")
 
     def load_weights(self, name: str) -> dict[str, Any]:
@@ -213,7 +214,12 @@ class RunFolder:
         write_atomic(path, tomli_w.dumps(kept))
 
     def write_provenance(self, seed: int, **facts: Any) -> None:
-        """Keep versions, platform, seed, git commit and further facts, such as checksums of the stores."""
+        """Keep versions, platform, seed, git commit and further facts, such as checksums of the stores: ``stores`` adds
+        to those of earlier stages."""
+        path = self / "provenance.json"
+        before = json.loads(path.read_text()).get("stores", {}) if path.exists() else {}
+        if stores := {**before, **facts.pop("stores", {})}:
+            facts["stores"] = stores
         versions = {}
         for package in _PACKAGES:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -234,19 +240,18 @@ class RunFolder:
 
 
 def _git_commit() -> str | None:
-    """Commit of the source tree the package runs from, with "+" if it was changed; None outside a checkout."""
-    here = Path(__file__).parent
+    """Commit of the source tree the package runs from, with "+" if it was changed; None outside a checkout of it, such
+    as in an environment that lies in another project's."""
+    here = Path(__file__).resolve().parent
+
+    def git(*command: str) -> str:
+        found = subprocess.run(
+            ["git", "-C", str(here), *command], capture_output=True, text=True, timeout=5, check=True
+        )
+        return found.stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-        status = subprocess.run(
-            ["git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        ).stdout.strip()
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if status else "")

@@ -42,6 +42,7 @@ class PhysicalScale(nn.Module):
 
     def at(self, table: Tensor, z: Tensor) -> Tensor:
         """Rows of a table over redshift, interpolated: (n, columns)."""
+        table = table.to(z.device)  # batches are made on the CPU while the network trains elsewhere
         step = (z - float(_TABLE_Z[0])) / float(_TABLE_Z[1] - _TABLE_Z[0])
         step = step.clamp(0, len(_TABLE_Z) - 1.001)
         left = step.long()

@@ -23,6 +23,7 @@ from pix2mass.predict import Predictor
 from pix2mass.run import RunFolder
 from pix2mass.store import ImageStore
 from pix2mass.types import Pix2massError
+from pix2mass.weights import is_packaged
 
 
 def explain(
@@ -38,12 +39,12 @@ def explain(
     """Maps of some clusters, written as ``ID.npz`` and ``ID.fits`` (one extension per map, with the cutout's WCS).
 
     Args:
-        run: a run folder with finished training, or a Predictor.
+        run: a run folder with finished training, the name of packaged weights, or a Predictor.
         store: sealed images with the run's bands, or more, on its grid; blank sky is drawn from them too.
         ids: which clusters.
         steps: gradients taken along the integral in integrated gradients, per network.
         compare: also make the maps of the other methods: plain gradient, SmoothGrad, occlusion.
-        out: folder to write to; ``maps/`` in the run folder if None.
+        out: folder to write to; ``maps/`` in the run folder if None, which packaged weights do not have.
         progress: called with (done, total).
         seed: of the draws of blank sky.
 
@@ -56,12 +57,18 @@ def explain(
         before their names.
 
     Raises:
-        Pix2massError: the store does not fit the run, lacks an id, or a cluster has no usable pixels.
+        Pix2massError: the store does not fit the run, lacks an id, or a cluster has no usable pixels or no redshift
+            where the run needs one.
     """
     predictor = run if isinstance(run, Predictor) else Predictor(run)
     store = predictor.images(store if isinstance(store, ImageStore) else ImageStore.open(store))
     rows = store.rows(list(ids))
+    predictor.check_redshifts(store, rows)
     classifier = load_band_classifier(predictor.folder, predictor.grid)
+    if out is None and is_packaged(predictor.folder):
+        raise Pix2massError(
+            f"{predictor.folder.path.name}: packaged weights keep no maps; say where to write them (out)"
+        )
     folder = out or predictor.folder / "maps"
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

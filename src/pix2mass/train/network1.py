@@ -22,6 +22,7 @@ from pix2mass.model import (
     dihedral,
     in_noise,
     make_units,
+    source_of,
 )
 from pix2mass.run import RunFolder, digest
 from pix2mass.scale import PhysicalScale
@@ -65,7 +66,8 @@ def pretrain(
         raise Pix2massError(
             f"bands: {store.path} holds {store.grid.bands!r}, {test_store.path} holds {test_store.grid.bands!r}"
         )
-    key = digest("pretrain", config, seed, store.checksum, test_store.checksum if test_store else None)
+    tested_on = test_store.checksum if test_store else None
+    key = digest("pretrain", config, source_of(config.encoder), seed, store.checksum, tested_on)
     if folder.is_done("pretrain", key, folder / "encoder.safetensors", folder / "pretrain.json"):
         return load_encoder(folder)
     checkpoints = folder / "checkpoints" / f"pretrain-{key}"
@@ -323,8 +325,13 @@ def load_encoder(folder: RunFolder) -> Encoder:
     """The pretrained encoder of a run, in eval mode.
 
     Raises:
-        Pix2massError: the run has no encoder.
+        Pix2massError: the run has no encoder, or one of an earlier form.
     """
     encoder = Encoder(folder.read_json("pretrain.json")["encoder"])
-    encoder.load_state_dict(folder.load_weights("encoder"))
+    try:
+        encoder.load_state_dict(folder.load_weights("encoder"))
+    except RuntimeError as error:
+        raise Pix2massError(
+            f"{folder.path}: the encoder has changed since its training; pretrain again ({error})"
+        ) from None
     return encoder.eval()

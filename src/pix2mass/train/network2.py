@@ -38,6 +38,17 @@ from pix2mass.weights import open_run
 _FIND_BATCH = 16
 _SCALER_SAMPLE = 128
 """Training clusters from which the scale of the features is taken."""
+_FORMAT = 1
+"""Of what training leaves; raised where predictions need something new of it, so that "train again" does so."""
+_OF_WEIGHTS = (
+    "model.json",
+    "predictions.ecsv",
+    "metrics.json",
+    "masses.ecsv",
+    "learning_curve.json",
+    "report.html",
+)
+"""Files of a run that are of its weights, and wrong beside others; maps too."""
 
 
 class _Labelled:
@@ -55,7 +66,9 @@ class _Labelled:
                 f"{len(missing)} or more labelled clusters have no redshift ({', '.join(missing)}); "
                 "fill column z or train with --no-use-redshift"
             )
-        self.z = np.nan_to_num(self.z)
+        self.knows_z = bool(np.isfinite(self.z).all())
+        if not self.knows_z:  # nothing is learnt from the redshifts of some
+            self.z = np.zeros(len(self.z))
         self.ids, self.rows, self.label = ids[usable], rows[usable], label[usable]
         # A label without an error: its noise then counts as the network's own.
         self.label_err = np.nan_to_num(np.asarray(catalog["log10_m500c_err"], float)[usable])
@@ -92,7 +105,7 @@ def train(
         labelled cluster that has pixels.
 
     Raises:
-        Pix2massError: bands differ from the encoder's, redshifts missing, or too few clusters.
+        Pix2massError: bands or grid differ from the encoder's, redshifts missing, or too few clusters.
     """
     start = _Start.of(config, folder, store)
     if start.info["units"] == "l-star" and not config.use_redshift:
@@ -105,6 +118,7 @@ def train(
     fold = np.array([fold[i] for i, cluster_id in enumerate(catalog["id"]) if str(cluster_id) in in_data], dtype=int)
     key = digest(
         name,
+        _FORMAT,
         config,
         seed,
         store.checksum,
@@ -116,21 +130,24 @@ def train(
         "log10_m500c_true" in catalog.colnames,
         start.key,
     )
+    n_folds = int(fold.max()) + 1
+    n_networks = n_folds if config.network == "bands" else 1
     table_path = folder / f"{name}-out-of-fold.ecsv"
-    if folder.is_done(name, key, table_path):
+    weights = [folder / f"fold-{k}.safetensors" for k in range(n_networks)]
+    made = [folder / "model.json", *weights] if name == "train" else []
+    if folder.is_done(name, key, table_path, *made):
         return QTable.read(table_path, format="ascii.ecsv")
 
     checkpoints = folder / "checkpoints" / f"{name}-{key}"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    n_folds = int(fold.max()) + 1
-    n_networks = n_folds if config.network == "bands" else 1
     empty = set(range(n_folds)) - set(fold.tolist())
     if empty:
         raise Pix2massError(f"fold {min(empty)} has no cluster with a mass and usable pixels; use fewer folds")
     with folder.stage(name, key) as facts:
-        if name == "train":  # what an earlier training left must not be taken for this one's, should this one stop
-            for old in (table_path, folder / "model.json", *folder.path.glob("fold-*.safetensors")):
+        if name == "train":  # what an earlier training left must not be taken for this one's
+            for old in (table_path, *(folder / file for file in _OF_WEIGHTS), *folder.path.glob("fold-*.safetensors")):
                 old.unlink(missing_ok=True)
+            shutil.rmtree(folder / "maps", ignore_errors=True)
         train_folds = _train_bands if config.network == "bands" else _train_described
         mean, sigma = train_folds(start, store, data, fold, config, seed, checkpoints, progress)
         known = (mean, sigma, data.z, data.label, data.label_err)
@@ -160,7 +177,7 @@ def train(
                     "calibration": calibration.as_json(),
                     "shrinkage": Shrinkage.fit(posterior.centre, data.label, data.label_err).as_json(),
                     "training_prior": TrainingPrior.fit(data.label, data.label_err, data.z).as_json(),
-                    "z_range": [float(data.z.min()), float(data.z.max())],
+                    "z_range": [float(data.z.min()), float(data.z.max())] if data.knows_z else None,
                     "label_range": [float(data.label.min()), float(data.label.max())],
                     # Simulated edges pass no further than the centre: about half of the image is always left. Networks
                     # that are not trained on them make up for masked area.
@@ -223,12 +240,7 @@ class _Start:
                         f"for {mine!r}; start from another run or change {name}"
                     )
             _same_bands(made["bands"], store, f"{source.path}: its networks were")
-            grid = validate(GridConfig, made["grid"], f"{source.path}: grid of the run")
-            if grid != store.grid:
-                raise Pix2massError(
-                    f"{source.path}: its networks were trained on {describe(grid)}, {store.path} holds "
-                    f"{describe(store.grid)}; build the store on that grid"
-                )
+            _same_grid(made["grid"], store, f"{source.path}: its networks were")
             weights = source.load_weights("fold-0")
             info |= {
                 "encoder": made["encoder"],
@@ -247,6 +259,7 @@ class _Start:
         if config.from_scratch:
             return cls(info, store.grid, None, False, key)
         _same_bands(pretrained["bands"], store, f"{folder.path}: network 1 was")
+        _same_grid(pretrained["grid"], store, f"{folder.path}: network 1 was")
         return cls(info, store.grid, folder.load_weights("encoder"), False, key)
 
     def regressor(self, seed: int) -> Regressor:
@@ -254,7 +267,13 @@ class _Start:
         torch.manual_seed(seed)
         regressor = make_regressor(self.info, self.grid)
         if self.weights is not None:
-            (regressor if self.whole else regressor.encoder).load_state_dict(self.weights)
+            try:
+                (regressor if self.whole else regressor.encoder).load_state_dict(self.weights)
+            except RuntimeError as error:
+                raise Pix2massError(
+                    f"encoder {self.info['encoder']!r} is no longer what network 1 was trained with; pretrain again "
+                    f"({error})"
+                ) from None
         return regressor
 
 
@@ -267,6 +286,15 @@ def _same_bands(bands: str, store: ImageStore, whose: str) -> None:
         raise Pix2massError(
             f"{whose} trained on bands {bands!r}, {store.path} holds {store.grid.bands!r}; build the store with "
             f"--bands {bands} or train again"
+        )
+
+
+def _same_grid(made: dict[str, Any], store: ImageStore, whose: str) -> None:
+    grid = validate(GridConfig, made, f"{whose} trained on a grid")
+    if grid != store.grid:
+        raise Pix2massError(
+            f"{whose} trained on {describe(grid)}, {store.path} holds {describe(store.grid)}; build the store on that "
+            "grid"
         )
 
 

@@ -51,6 +51,11 @@ def open_run(run: str | Path) -> RunFolder:
     return RunFolder.open(run)
 
 
+def is_packaged(folder: RunFolder) -> bool:
+    """Whether a run folder is part of the package: nothing is to be written there."""
+    return folder.path.resolve().parent == Path(__file__).resolve().parent
+
+
 def pack(run: RunFolder, out: Path, fold: int = 0) -> Path:
     """Reduce a trained and evaluated run to one network and what prediction needs, with a model card.
 
