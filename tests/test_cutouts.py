@@ -159,6 +159,34 @@ def test_damaged_files_are_flagged_and_named(folder, damage):
     assert result.mask[0].all() and not result.mask[1].any()
 
 
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"RADESYS": "GAPPT"}, r"WCS \(CTYPE RA---TAN DEC--TAN, RADESYS 'GAPPT'\) cannot be used"),
+        ({"CTYPE1": "HPLN-TAN", "CTYPE2": "HPLT-TAN"}, r"WCS \(CTYPE HPLN-TAN HPLT-TAN, .*cannot be used"),
+        ({"CDELT1": 1e-6, "CDELT2": 1e-6}, "its pixels are 4e-07 arcsec wide, those of the cutout 0.8"),
+    ],
+)
+def test_headers_that_cannot_be_used_are_flagged_and_named(folder, keywords, message):
+    with fits.open(folder / "A-1-g.fits", mode="update") as hdus:
+        hdus[0].header.update(keywords)
+    with pytest.warns(UserWarning, match=rf"A-1-g\.fits: .*{message}.*band g is missing"):
+        result = cutout(folder)
+    assert result.flags == Flag.UNREADABLE | Flag.MISSING_BAND
+    assert result.mask[0].all() and not result.mask[1].any()
+
+
+@pytest.mark.parametrize(("name", "meant"), [("icrs", "ICRS"), ("ICRF", "ICRS"), ("fk5", "FK5"), ("J2000", "FK5")])
+def test_loose_names_of_the_sky_frame_are_understood(folder, name, meant):
+    results = []
+    for radesys in (meant, name):
+        with fits.open(folder / "A-1-g.fits", mode="update") as hdus:
+            hdus[0].header["RADESYS"] = radesys
+        results.append(quiet_cutout(folder))
+    assert results[1].flags == Flag(0)
+    np.testing.assert_array_equal(results[0].flux, results[1].flux)
+
+
 def test_nan_pixels_are_masked_flagged_and_named(folder):
     data, sigma = image(), np.full(SHAPE, NOISE)
     data[70:80, 70:80] = np.nan

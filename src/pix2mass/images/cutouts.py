@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from astropy.io import fits
 from astropy.wcs import WCS
+from astropy.wcs.utils import proj_plane_pixel_scales
 
 from pix2mass.config import GridConfig
 from pix2mass.images.grid import MIN_COVERAGE, ClusterRow, pixel_scale_arcsec, read_position, resample, target_wcs
@@ -19,7 +20,12 @@ from pix2mass.types import Cutout, Flag, Pix2massError, empty_cutout
 ACCEPTED_UNITS = ("nanomaggy", "nanomaggies", "nmgy", "nmaggy", "nanomaggy/pixel", "nanomaggies/pixel", "nmgy/pixel")
 """Values of BUNIT that are taken as nanomaggies per pixel, in any case; a file without BUNIT is believed."""
 
+MAX_PIXELS_ACROSS = 500
+"""An image with more pixels than this along one pixel of the cutout is refused: its regridding fills the memory."""
+
 _NOISE_EXTENSIONS = ("SIGMA", "IVAR", "INVVAR")
+_RADESYS = {"J2000": "FK5", "J2000.0": "FK5", "ICRF": "ICRS"}
+"""Names of sky frames that are met in headers and that the FITS standard does not know -> what is meant."""
 
 
 class _BadFile(Exception):
@@ -35,6 +41,15 @@ class _Image(NamedTuple):
     wcs: WCS
     psf_fwhm_arcsec: float
     flags: Flag
+
+
+class _Regridded(NamedTuple):
+    """One band on the grid of the cutout, (n, n): flux, variance, shares covered by usable and by any pixels."""
+
+    flux: np.ndarray
+    variance: np.ndarray
+    coverage: np.ndarray
+    footprint: np.ndarray
 
 
 class CutoutSource:
@@ -111,6 +126,7 @@ class CutoutSource:
             path = Path(self.pattern.replace("{band}", band).replace("{id}", identifier))
             try:
                 image = _read_image(path)
+                flux, variance, coverage, footprint = _regrid(image, wcs, n_pixels)
             except FileNotFoundError:
                 continue
             except _BadFile as problem:
@@ -118,10 +134,6 @@ class CutoutSource:
                 flags |= Flag.UNREADABLE
                 continue
             present.append(k)
-            flux, variance, coverage = resample(image.flux, image.variance, image.mask, image.wcs, wcs, n_pixels)
-            footprint = coverage
-            if image.mask.any():
-                footprint = resample(image.flux * 0, image.variance * 0, None, image.wcs, wcs, n_pixels)[2]
             if (coverage < footprint - 1e-6).any():
                 if Flag.BAD_PIXELS in image.flags:
                     problem = "pixels that are not finite, or whose noise is not known and above 0, are masked"
@@ -193,6 +205,8 @@ def _parse_image(hdus: Any, path: Path) -> _Image:
     wcs = WCS(image.header, naxis=2)
     if not wcs.has_celestial:
         raise _BadFile("no celestial WCS in the image's header")
+    radesys = wcs.wcs.radesys.strip().upper()
+    wcs.wcs.radesys = _RADESYS.get(radesys, radesys)
     flags = Flag(0)
     masked = extensions.get("MASK", np.zeros(flux.shape)) != 0
     with np.errstate(all="ignore"):
@@ -216,6 +230,26 @@ def _parse_image(hdus: Any, path: Path) -> _Image:
         psf_fwhm_arcsec = np.nan
     mask = bad | masked
     return _Image(np.where(mask, 0.0, flux), np.where(mask, 0.0, variance), mask, wcs, psf_fwhm_arcsec, flags)
+
+
+def _regrid(image: _Image, wcs: WCS, n_pixels: int) -> _Regridded:
+    try:
+        finest, wanted = (proj_plane_pixel_scales(one).min() * 3600.0 for one in (image.wcs, wcs))
+        if finest * MAX_PIXELS_ACROSS < wanted:
+            raise _BadFile(
+                f"its pixels are {finest:.2g} arcsec wide, those of the cutout {wanted:.2g}; expected at most "
+                f"{MAX_PIXELS_ACROSS} along one: correct the header's WCS, or bin the image"
+            )
+        flux, variance, coverage = resample(image.flux, image.variance, image.mask, image.wcs, wcs, n_pixels)
+        footprint = coverage
+        if image.mask.any():
+            footprint = resample(image.flux * 0, image.variance * 0, None, image.wcs, wcs, n_pixels)[2]
+    except _BadFile:
+        raise
+    except Exception as error:  # astropy fails in many ways on odd headers
+        axes = f"CTYPE {' '.join(image.wcs.wcs.ctype)}, RADESYS {image.wcs.wcs.radesys!r}"
+        raise _BadFile(f"the header's WCS ({axes}) cannot be used: {error}") from None
+    return _Regridded(flux, variance, coverage, footprint)
 
 
 def write_cutout(cutout: Cutout, cluster_id: str, pattern: str) -> list[Path]:
