@@ -176,6 +176,19 @@ def test_headers_that_cannot_be_used_are_flagged_and_named(folder, keywords, mes
     assert result.mask[0].all() and not result.mask[1].any()
 
 
+def test_the_first_image_with_a_celestial_wcs_is_read(folder):
+    """A preview without WCS may stand before the image, and other images after it."""
+    given = cutout(folder)
+    path = folder / "A-1-g.fits"
+    with fits.open(path) as hdus:
+        science = fits.ImageHDU(hdus[0].data, hdus[0].header, name="SCI")
+        sigma, other = hdus["SIGMA"].copy(), fits.ImageHDU(hdus[0].data * 0, hdus[0].header, name="MODEL")
+    fits.HDUList([fits.PrimaryHDU(np.ones((5, 5))), sigma, science, other]).writeto(path, overwrite=True)
+    result = quiet_cutout(folder)
+    assert result.flags == Flag(0)
+    np.testing.assert_array_equal(result.flux, given.flux)
+
+
 @pytest.mark.parametrize(("name", "meant"), [("icrs", "ICRS"), ("ICRF", "ICRS"), ("fk5", "FK5"), ("J2000", "FK5")])
 def test_loose_names_of_the_sky_frame_are_understood(folder, name, meant):
     results = []

@@ -181,7 +181,7 @@ def _read_image(path: Path) -> _Image:
 
 def _parse_image(hdus: Any, path: Path) -> _Image:
     extensions: dict[str, np.ndarray] = {}
-    image = None
+    images, image, wcs = 0, None, WCS(naxis=2)
     for hdu in hdus:
         if not getattr(hdu, "is_image", False) or hdu.data is None:
             continue
@@ -189,9 +189,10 @@ def _parse_image(hdus: Any, path: Path) -> _Image:
         if name in (*_NOISE_EXTENSIONS, "MASK"):
             extensions[name] = np.asarray(hdu.data, np.float64)
         elif image is None:
-            image = hdu
+            images, wcs = images + 1, WCS(hdu.header, naxis=2)
+            image = hdu if wcs.has_celestial else None
     if image is None:
-        raise _BadFile("holds no image")
+        raise _BadFile("no image has a celestial WCS in its header" if images else "holds no image")
     flux = np.asarray(image.data, np.float64)
     wrong = [name for name, data in extensions.items() if data.shape != flux.shape]
     if flux.ndim != 2 or wrong:
@@ -202,9 +203,6 @@ def _parse_image(hdus: Any, path: Path) -> _Image:
             f"{path}: expected BUNIT to be one of {', '.join(ACCEPTED_UNITS)}, got {unit!r}; convert the image to "
             "nanomaggies per pixel (1 nanomaggy is 3.631 microjansky, magnitude 22.5)"
         )
-    wcs = WCS(image.header, naxis=2)
-    if not wcs.has_celestial:
-        raise _BadFile("no celestial WCS in the image's header")
     radesys = wcs.wcs.radesys.strip().upper()
     wcs.wcs.radesys = _RADESYS.get(radesys, radesys)
     flags = Flag(0)
