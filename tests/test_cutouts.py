@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from _frames import frame_wcs, gaussian
 from astropy.io import fits
+from astropy.table import Table
 from astropy.wcs import WCS
 
-from pix2mass.config import GridConfig
+from pix2mass.catalog import check_catalog
+from pix2mass.config import BuildConfig, GridConfig
+from pix2mass.distribute import InProcess
 from pix2mass.images.cutouts import CutoutSource, write_cutout
+from pix2mass.pipeline import build_store
 from pix2mass.types import Cutout, Flag, Pix2massError
 
 RA, DEC = 80.0, -45.0
@@ -118,6 +123,24 @@ def test_missing_files(folder):
     (folder / "A-1-g.fits").unlink()
     result = cutout(folder)
     assert result.flags == Flag.OUTSIDE and result.mask.all()
+
+
+def test_clusters_without_any_file_are_counted_and_named(folder):
+    source = CutoutSource(f"{folder}/{{id}}-{{band}}.fits", GRID)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (folder / "A-1-g.fits").unlink()
+        source.check_files(["A-1"])
+    with pytest.warns(UserWarning, match=r"2 of 3 clusters have no file in any band .*no .*/B-g\.fits"):
+        source.check_files(["A-1", "B", "C"])
+
+
+def test_a_pattern_that_fits_no_cluster_stops_before_anything_is_written(folder, tmp_path):
+    catalog = check_catalog(Table({name: [value] for name, value in {**CLUSTER, "id": "B"}.items()}), "here")
+    config = BuildConfig(cutouts=f"{folder}/{{id}}-{{band}}.fits")
+    with pytest.raises(Pix2massError, match=r"1 of 1 clusters have no file.*no .*/B-g\.fits; correct the pattern"):
+        build_store(catalog, config, GRID, tmp_path / "s.zarr", InProcess(), nullcontext)
+    assert not (tmp_path / "s.zarr").exists()
 
 
 def test_image_smaller_than_the_grid_or_elsewhere(folder):

@@ -83,7 +83,9 @@ def open_source(config: BuildConfig, grid: GridConfig, catalog: QTable, reporter
         Pix2massError: the folder, URL or index cannot be read.
     """
     if config.cutouts is not None:
-        return CutoutSource(config.cutouts, grid)
+        source = CutoutSource(config.cutouts, grid)
+        source.check_files(catalog["id"])
+        return source
     if config.hips:
         return HipsSource(grid, config.hips_service)
     archive = _open_frames(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -94,6 +95,28 @@ class CutoutSource:
     def close(self) -> None:
         """Nothing to close; a source of images has this method."""
 
+    def check_files(self, ids: Iterable[Any]) -> None:
+        """Look whether the clusters of a catalogue have files, and warn of those that have none in any band.
+
+        Args:
+            ids: names of the clusters.
+
+        Raises:
+            Pix2massError: not one cluster has a file, or an id cannot be part of a file's name.
+        """
+        names, bands = [_check_id(value) for value in ids], self.grid.bands
+        without = [name for name in names if not any(self._path(name, band).is_file() for band in bands)]
+        if not without:
+            return
+        looked_for = f"cutouts {self.pattern!r}: {len(without)} of {len(names)} clusters have no file in any band"
+        example = f"e.g. there is no {self._path(without[0], bands[0])}"
+        if len(without) == len(names):
+            raise Pix2massError(f"{looked_for}; {example}; correct the pattern, or the catalogue's column id")
+        warnings.warn(f"{looked_for} and will be flagged OUTSIDE; {example}", stacklevel=2)
+
+    def _path(self, identifier: str, band: str) -> Path:
+        return Path(self.pattern.replace("{band}", band).replace("{id}", identifier))
+
     def cutout(self, cluster: ClusterRow) -> Cutout:
         """The cutout of one cluster.
 
@@ -123,7 +146,7 @@ class CutoutSource:
         flags = Flag(0)
         present = []
         for k, band in enumerate(bands):
-            path = Path(self.pattern.replace("{band}", band).replace("{id}", identifier))
+            path = self._path(identifier, band)
             try:
                 image = _read_image(path)
                 flux, variance, coverage, footprint = _regrid(image, wcs, n_pixels)
