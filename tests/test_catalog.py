@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+
 import numpy as np
 import pytest
 from astropy import units as u
@@ -57,6 +59,21 @@ def test_columns_are_mapped_and_a_wrong_name_is_hinted(tmp_path):
         read_catalog(path)
     for name in ("id", "ra_deg", "dec_deg"):
         assert f"column '{name}' is missing" in str(caught.value)
+
+
+def test_names_in_csv_stay_as_they_are_written(tmp_path):
+    """Also under another column name, behind a byte-order mark, and compressed."""
+    names = ["007", "7", "1.10", "1.1", "12E3", "12000", "nan", "True"]
+    text = "NAME,ra_deg,dec_deg,group\n" + "".join(f"{name},{k},0,0{k}\n" for k, name in enumerate(names))
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8-sig")
+    with gzip.open(tmp_path / "a.csv.gz", "wt", encoding="utf-8-sig") as file:
+        file.write(text)
+    (tmp_path / "b.csv").write_text(text.replace("NAME", "id"), encoding="utf-8-sig")
+    for name, columns in (("a.csv", {"id": "NAME"}), ("a.csv.gz", {"id": "NAME"}), ("b.csv", {})):
+        read = read_catalog(tmp_path / name, columns)
+        assert read["id"].tolist() == names
+        assert read["group"].tolist() == [f"0{k}" for k in range(len(names))]
+        assert read["ra_deg"].tolist() == list(range(len(names)))
 
 
 def test_all_impossible_values_are_listed_with_their_rows():

@@ -53,8 +53,12 @@ def read_catalog(path: str | Path, columns: Mapping[str, str] | None = None, nee
     kind = kinds.get(Path(name).suffix)
     if kind is None:
         raise Pix2massError(f"{path}: unknown kind of file; expected one ending in .csv, .ecsv or .fits")
+    options = {}
+    if kind == "ascii.csv":  # names made of digits stay as they are written; spreadsheets put a byte-order mark first
+        text = {(columns or {}).get(ours, ours): str for ours in ("id", *_TEXT)}
+        options = {"converters": text, "encoding": "utf-8-sig"}
     try:
-        table = Table.read(path, format=kind)
+        table = Table.read(path, format=kind, **options)
     except Exception as error:  # noqa: BLE001  each reader has errors of its own
         raise Pix2massError(f"{path}: could not be read as {kind.removeprefix('ascii.').upper()}: {error}") from error
     for ours, theirs in (columns or {}).items():
