@@ -48,6 +48,17 @@ def test_what_is_written_comes_back(tmp_path):
         write_catalog(table, tmp_path / "a.pickle")
 
 
+def test_arrays_are_written_but_not_as_csv(tmp_path):
+    table = check_catalog(small(), "here")
+    table["quantiles"] = [[1.0, 2.0], [3.0, 4.0]]
+    for ending in ("ecsv", "fits"):
+        write_catalog(table, tmp_path / f"a.{ending}")
+        np.testing.assert_array_equal(read_catalog(tmp_path / f"a.{ending}")["quantiles"], table["quantiles"])
+    with pytest.raises(Pix2massError, match=r"a\.csv: CSV holds .*arrays of quantiles; .*\.ecsv or \.fits"):
+        write_catalog(table, tmp_path / "a.csv")
+    assert not list(tmp_path.glob("*csv*part")) and not (tmp_path / "a.csv").exists()
+
+
 def test_columns_are_mapped_and_a_wrong_name_is_hinted(tmp_path):
     path = tmp_path / "a.csv"
     Table({"NAME": ["a"], "RAJ2000": [10.0], "DEJ2000": [1.0], "z_lambda": [0.2], "z": [9.0]}).write(path)

@@ -135,11 +135,23 @@ def check_catalog(table: Table, where: str, need: tuple[str, ...] = ()) -> QTabl
 
 
 def write_catalog(table: QTable, path: str | Path) -> None:
-    """Write a table so that a reader never sees half a file. The ending (.ecsv, .csv, .fits) says in which format."""
+    """Write a table so that a reader never sees half a file. The ending (.ecsv, .csv, .fits) says in which format.
+
+    CSV holds no metadata; FITS holds those that are text or numbers, ``cosmology: {Om0: ...}`` as ``cosmology_Om0``.
+
+    Raises:
+        Pix2massError: another ending, or CSV and a column with more than one value per row.
+    """
     path = Path(path)
     kinds = {".ecsv": "ascii.ecsv", ".csv": "ascii.csv", ".fits": "fits"}
     if path.suffix not in kinds:
         raise Pix2massError(f"{path}: unknown kind of table; choose a name ending in .ecsv, .csv or .fits")
+    wide = [name for name in table.colnames if len(table[name].shape) > 1]
+    if wide and path.suffix == ".csv":
+        raise Pix2massError(
+            f"{path}: CSV holds one value per row and column, not the arrays of {', '.join(wide)}; choose a name "
+            "ending in .ecsv or .fits, or leave these columns out"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     table.write(part, format=kinds[path.suffix], overwrite=True)
