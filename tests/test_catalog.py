@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import warnings
 
 import numpy as np
 import pytest
@@ -46,6 +47,16 @@ def test_what_is_written_comes_back(tmp_path):
         np.testing.assert_array_equal(np.asarray(again[name], float), np.asarray(table[name], float))
     with pytest.raises(Pix2massError, match="unknown kind of table"):
         write_catalog(table, tmp_path / "a.pickle")
+
+
+def test_fits_keeps_the_cosmology(tmp_path):
+    table = check_catalog(small(), "here")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_catalog(table, tmp_path / "a.fits")
+    found = Table.read(tmp_path / "a.fits").meta
+    assert found["cosmology_H0_km_s_Mpc"] == 70 and found["cosmology_Om0"] == 0.3 and found["cosmology_flat"] is True
+    assert found["mass_definition"] == "500c" and table.meta["cosmology"]["Om0"] == 0.3
 
 
 def test_arrays_are_written_but_not_as_csv(tmp_path):

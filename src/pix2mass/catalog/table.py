@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from astropy.io.fits.verify import VerifyWarning
 from astropy.table import QTable, Table
 from astropy.units import Quantity, UnitConversionError
 
@@ -154,8 +157,22 @@ def write_catalog(table: QTable, path: str | Path) -> None:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    table.write(part, format=kinds[path.suffix], overwrite=True)
+    if path.suffix == ".fits":
+        table = table.copy(copy_data=False)
+        table.meta = _flat_meta(table.meta)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VerifyWarning)  # long keywords become HIERARCH cards, which astropy reads back
+        table.write(part, format=kinds[path.suffix], overwrite=True)
     os.replace(part, path)
+
+
+def _flat_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata for a FITS header, which holds no mappings: ``{"a": {"b": 1}}`` becomes ``{"a_b": 1}``."""
+    flat = {}
+    for name, value in meta.items():
+        inner = {f"{name}_{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
+        flat.update(inner)
+    return flat
 
 
 def _floats(table: Table, name: str, where: str) -> np.ndarray:
