@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pix2mass.catalog import check_catalog, read_catalog, sky_folds, write_catalog
+from pix2mass.catalog.table import redshift_errors
 from pix2mass.types import Pix2massError
 
 COLUMNS = ["z", "log10_m500c", "log10_m500c_err", "richness", "richness_err"]
@@ -160,7 +161,7 @@ def test_masked_and_empty_values_are_missing_unless_needed(tmp_path):
     ("name", "text", "message"),
     [
         ("a.csv", "id,ra_deg,dec_deg\n", "no rows"),
-        ("b.csv", "id,ra_deg,dec_deg\na,ten,2\n", "'ra_deg' does not hold numbers"),
+        ("b.csv", "id,ra_deg,dec_deg\na,ten,2\n", "'ra_deg' does not hold numbers: row 1: ten$"),
         ("c.txt", "", "unknown kind of file"),
         ("d.fits", "not FITS", "could not be read as FITS"),
         ("e.ecsv", "# %ECSV 1.0\n# ---\n# {", "could not be read as ECSV"),
@@ -171,6 +172,19 @@ def test_files_that_cannot_be_used_are_named(tmp_path, name, text, message):
     with pytest.raises(Pix2massError, match=message) as caught:
         read_catalog(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
+
+
+def test_errors_of_redshifts_are_checked_and_the_rows_named():
+    table = check_catalog(small(), "here")
+    assert np.isnan(redshift_errors(table, "here")).all()
+    table["z_err"] = MaskedColumn([0.01, -1.0], mask=[False, True])
+    np.testing.assert_array_equal(redshift_errors(table, "here"), [0.01, np.nan])
+    table["z_err"] = [-0.01, 2.0]
+    with pytest.raises(Pix2massError, match=r"here: 2 problems\s+row 1: z_err = -0\.01, .*0 to 1.*\s+row 2: z_err = 2"):
+        redshift_errors(table, "here")
+    table["z_err"] = ["0.01", "--"]
+    with pytest.raises(Pix2massError, match="here: column 'z_err' does not hold numbers: row 2: --$"):
+        redshift_errors(table, "here")
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -84,11 +84,14 @@ def test_help_lists_every_verb_and_does_not_load_torch():
         (["inject", "none", "--out", "painted"], "none: expected SDSS frames under"),
         (["predict", "nowhere.zarr", "--run", "none"], "nowhere.zarr: no such catalogue or image store"),
         (["predict", "{catalog}", "--run", "none", "--out", "masses.zarr"], "masses.zarr: choose a name ending in"),
+        (["predict", "{catalog}", "--z-err", "-0.1", "--cutouts", "x"], "--z-err -0.1: expected .* 0 to 1"),
+        (["predict", "z_err.csv", "--cutouts", "x"], "z_err.csv: column 'z_err' does not hold numbers: row 2: --"),
     ],
 )
 def test_mistakes_get_one_clear_message(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("c.csv").write_text("id,ra_deg,dec_deg,z\na,10,1,0.2\n")
+    Path("z_err.csv").write_text("id,ra_deg,dec_deg,z,z_err\na,10,1,0.2,0.01\nb,10,2,0.2,--\n")
     Path("c.toml").write_text('name = "x"\n[mock]\n[train]\nepohcs = 3\n')
     filled = [word.format(catalog="c.csv", tmp=tmp_path, toml="c.toml") for word in words]
     assert pix2mass(*filled) == 2

@@ -702,6 +702,7 @@ def predict(
 
     from pix2mass import pipeline
     from pix2mass.catalog import write_catalog
+    from pix2mass.catalog.table import redshift_errors
     from pix2mass.distribute import open_workers
     from pix2mass.predict import Predictor
     from pix2mass.store import ImageStore
@@ -709,6 +710,8 @@ def predict(
 
     if out.suffix not in (".ecsv", ".csv", ".fits"):
         raise Pix2massError(f"--out {out}: choose a name ending in .ecsv, .csv or .fits")
+    if z_err is not None and not 0.0 <= z_err <= 1.0:
+        raise Pix2massError(f"--z-err {z_err:g}: expected the standard error of a redshift, 0 to 1")
     position = (ra, dec, z)
     if (clusters is None) == all(value is None for value in position):
         raise Pix2massError("give a store, a catalogue, or one position with --ra, --dec and --z")
@@ -732,10 +735,10 @@ def predict(
         else:
             images = out.with_suffix(".zarr") if clusters else Path(scratch) / "position.zarr"
             table = _to_weigh(clusters, position, id, columns, predictor)
+            if z_err is None:
+                errors = redshift_errors(table, str(clusters))
             source = source or validate(BuildConfig, {}, "pix2mass predict")
             store = pipeline.build_store(table, source, predictor.grid, images, pool, _progress)
-            if z_err is None and "z_err" in table.colnames:
-                errors = np.asarray(table["z_err"], float)
         with _progress("predicting") as progress:
             masses = pipeline.predict(predictor, store, progress, pool, prior, correct_shrinkage, errors)
     write_catalog(masses, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import warnings
@@ -117,24 +118,38 @@ def check_catalog(table: Table, where: str, need: tuple[str, ...] = ()) -> QTabl
         if name not in table.colnames:
             out[name] = np.full(len(table), np.nan)
             continue
-        values = _floats(table, name, where)
+        out[name] = values = _floats(table, name, where)
         optional = name in _MAY_BE_MISSING and name not in need
         bad = ~((values >= low) & (values <= high)) & ~(np.isnan(values) & optional)
-        for row in np.flatnonzero(bad):
-            problems.append(f"row {row + 1}: {name} = {table[name][row]}, expected {meaning}")
-        out[name] = values
+        problems += _rows(table, name, bad, meaning)
     for name in _TEXT:
         if name in table.colnames:
             out[name] = ["" if np.ma.is_masked(value) else str(value) for value in table[name]]
     if "label_source" not in out.colnames:
         out["label_source"] = [""] * len(table)
-    if problems:
-        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise Pix2massError(f"{where}: {len(problems)} problems\n  " + "\n  ".join(problems[:_SHOWN] + more))
+    _refuse(problems, where)
     for name in table.colnames:
         if name not in out.colnames:
             out[name] = table[name]
     return out
+
+
+def redshift_errors(table: Table, where: str) -> np.ndarray:
+    """Standard errors of the redshifts from the column ``z_err``, shape (n,), NaN where there are none.
+
+    Args:
+        table: a checked catalogue.
+        where: what to call the table in errors.
+
+    Raises:
+        Pix2massError: names the rows that do not hold a number from 0 to 1.
+    """
+    if "z_err" not in table.colnames:
+        return np.full(len(table), np.nan)
+    values = _floats(table, "z_err", where)
+    meaning = "standard error of the redshift, 0 to 1, or empty"
+    _refuse(_rows(table, "z_err", (values < 0.0) | (values > 1.0), meaning), where)
+    return values
 
 
 def write_catalog(table: QTable, path: str | Path) -> None:
@@ -175,6 +190,16 @@ def _flat_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _rows(table: Table, name: str, bad: np.ndarray, meaning: str) -> list[str]:
+    return [f"row {row + 1}: {name} = {table[name][row]}, expected {meaning}" for row in np.flatnonzero(bad)]
+
+
+def _refuse(problems: list[str], where: str) -> None:
+    if problems:
+        more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise Pix2massError(f"{where}: {len(problems)} problems\n  " + "\n  ".join(problems[:_SHOWN] + more))
+
+
 def _floats(table: Table, name: str, where: str) -> np.ndarray:
     """A column as float64, NaN where masked, angles converted to degrees if the column has a unit."""
     column = table[name]
@@ -186,8 +211,21 @@ def _floats(table: Table, name: str, where: str) -> np.ndarray:
         if name.endswith("_deg") and unit is not None:
             values = Quantity(values, unit).to_value("deg")
     except (ValueError, TypeError, UnitConversionError) as error:
-        raise Pix2massError(f"{where}: column {name!r} does not hold numbers: {error}") from None
+        words = [f"row {row}: {value!s}" for row, value in enumerate(column, start=1) if not _is_number(value)]
+        more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+        problem = ", ".join(words[:_SHOWN]) + more if words else error
+        raise Pix2massError(f"{where}: column {name!r} does not hold numbers: {problem}") from None
     return values
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is not a word; what is masked is none."""
+    if np.ma.is_masked(value) or not isinstance(value, str):
+        return True
+    with contextlib.suppress(ValueError):
+        float(value)
+        return True
+    return False
 
 
 def _unknown_column(name: str, known: list[str]) -> str:
