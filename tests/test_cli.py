@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -84,6 +85,10 @@ def test_help_lists_every_verb_and_does_not_load_torch():
         (["inject", "none", "--out", "painted"], "none: expected SDSS frames under"),
         (["predict", "nowhere.zarr", "--run", "none"], "nowhere.zarr: no such catalogue or image store"),
         (["predict", "{catalog}", "--run", "none", "--out", "masses.zarr"], "masses.zarr: choose a name ending in"),
+        (["predict", "{catalog}", "--cutouts", "x", "--out", "c.csv/m.ecsv"], "--out c.csv/m.ecsv: the folder cannot"),
+        (["baseline", "{catalog}", "--out", "c.csv/numbers.json"], "--out c.csv/numbers.json: the folder cannot"),
+        (["baseline", "{catalog}", "--out", "."], "--out .: expected the name of a file"),
+        (["catalog", "check", "{catalog}", "--out", "c.csv/checked.ecsv"], "^pix2mass: c.csv: .*run the same command"),
         (["predict", "{catalog}", "--z-err", "-0.1", "--cutouts", "x"], "--z-err -0.1: expected .* 0 to 1"),
         (["predict", "z_err.csv", "--cutouts", "x"], "z_err.csv: column 'z_err' does not hold numbers: row 2: --"),
     ],
@@ -98,6 +103,28 @@ def test_mistakes_get_one_clear_message(words, message, tmp_path, capsys, monkey
     error = capsys.readouterr().err
     assert re.search(message, error, re.DOTALL), error
     assert "Traceback" not in error
+
+
+def test_a_full_disk_is_one_line_with_the_file(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "masses.ecsv")
+
+    monkeypatch.setattr("pix2mass.catalog.read_catalog", full)
+    assert pix2mass("catalog", "check", tmp_path / "c.csv") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pix2mass: masses.ecsv: No space left on device; mend") and error.count("\n") == 1
+
+
+def test_the_folder_of_a_table_is_made_before_the_work(tmp_path, capsys):
+    (tmp_path / "c.csv").write_text("id,ra_deg,dec_deg,z\na,10,1,0.2\n")
+    assert pix2mass("predict", tmp_path / "c.csv", "--out", tmp_path / "a" / "b" / "m.csv") == 2
+    assert "say where its images are" in capsys.readouterr().err and (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_folder_without_rights_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "locked")
+    assert pix2mass("baseline", tmp_path / "none.csv", "--out", tmp_path / "locked" / "numbers.json") == 2
+    assert "files cannot be written in" in capsys.readouterr().err
 
 
 def test_catalog_check_lists_all_problems_at_once(tmp_path, capsys):

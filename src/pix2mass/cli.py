@@ -619,6 +619,8 @@ def baseline(
     from pix2mass import pipeline
     from pix2mass.catalog import read_catalog
 
+    if out is not None:
+        _can_write(out)
     table = read_catalog(catalog, _columns(columns), need=("z",))
     with _progress("dealing folds") as progress:
         result = pipeline.richness_baseline(table, config, seed, progress)
@@ -720,6 +722,7 @@ def predict(
         raise Pix2massError(f"{clusters}: no such catalogue or image store")
     if run is not None and weights is not None:
         raise Pix2massError(f"--run {run} and --weights {weights} exclude each other: give one of them")
+    _can_write(out)
     predictor = Predictor(run or open_weights(weights or "default"))
     if is_store and source is not None:
         raise Pix2massError(f"{clusters} is an image store: --frames and --cutouts go with a catalogue")
@@ -906,6 +909,22 @@ def _folder(path: Path) -> Any:
     return folder
 
 
+def _can_write(out: Path) -> None:
+    """Make the folder of a file that is to be written at the end, before the work begins.
+
+    Raises:
+        Pix2massError: the file could not be written there.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Pix2massError(f"--out {out}: the folder cannot be made: {error.strerror}; choose another") from None
+    if out.is_dir():
+        raise Pix2massError(f"--out {out}: expected the name of a file, this is a folder; add a name")
+    if not os.access(out.parent, os.W_OK):
+        raise Pix2massError(f"--out {out}: files cannot be written in {out.parent}; choose another folder")
+
+
 def _cores(workers: int) -> int:
     return workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or 1
 
@@ -1016,6 +1035,9 @@ def main() -> None:
         _stop(str(error))
     except cyclopts.CycloptsError as error:
         _stop(f"{_plain(error)}\nTry the verb's --help.")
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _stop(f"{what}; mend the cause (rights, disk space, network) and run the same command again")
     except KeyboardInterrupt:
         _stop("stopped; the same command goes on where it was")
 
