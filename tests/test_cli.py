@@ -11,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _toy import ToySource, toy_catalog
 from astropy.io import fits
 from astropy.table import QTable
 from astropy.wcs import WCS
 
 from pix2mass import cli
-from pix2mass.config import RunConfig, load_toml
+from pix2mass.config import GridConfig, RunConfig, load_toml
 from pix2mass.predict import predict
 from pix2mass.run import RunFolder
-from pix2mass.store import ImageStore
+from pix2mass.store import ImageStore, build
 
 VERBS = ["demo", "catalog", "build", "mock", "inject", "pretrain", "train", "evaluate", "predict", "explain", "report"]
 VERBS += ["run"]
@@ -125,6 +126,14 @@ def test_a_folder_without_rights_is_refused_before_the_work(tmp_path, capsys, mo
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path / "locked")
     assert pix2mass("baseline", tmp_path / "none.csv", "--out", tmp_path / "locked" / "numbers.json") == 2
     assert "files cannot be written in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_a_sheet_of_no_cutouts_is_refused(n, tmp_path, capsys):
+    grid = GridConfig(bands="gri", n_pixels=16)
+    build(toy_catalog(3, 1), ToySource(grid), tmp_path / "s.zarr", grid)
+    assert pix2mass("store", "show", tmp_path / "s.zarr", "--out", tmp_path / "sheet.png", "--n", n) == 2
+    assert f"n = {n}: expected the number of cutouts to draw, 1 or more" in capsys.readouterr().err
 
 
 def test_catalog_check_lists_all_problems_at_once(tmp_path, capsys):

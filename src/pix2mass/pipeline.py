@@ -712,8 +712,10 @@ def choose_rows(store: ImageStore, n: int, flagged: bool = False) -> np.ndarray:
     """At most n rows of a store, spread evenly over redshift, in that order; only those with a flag if asked for.
 
     Raises:
-        Pix2massError: no cutout has a flag.
+        Pix2massError: no cutout has a flag, or n is below 1.
     """
+    if n < 1:
+        raise Pix2massError(f"n = {n}: expected the number of cutouts to draw, 1 or more")
     rows = np.flatnonzero(store.flags) if flagged else np.arange(len(store))
     if not rows.size:
         raise Pix2massError(f"{store.path}: no cutout has a flag")
