@@ -78,6 +78,8 @@ def test_help_lists_every_verb_and_does_not_load_torch():
         (["train", "none.zarr", "{catalog}", "--run", "{tmp}/run", "--from-scratch"], "freeze_encoder = false"),
         (["evaluate", "none", "none.zarr"], "none: no run here"),
         (["explain", "none", "none.zarr"], "none: no run here"),
+        (["explain", "default", "none.zarr"], "default are packaged weights: name a store of images and, with --ids,"),
+        (["predict", "{catalog}", "--run", "mine", "--weights", "default-gri"], "exclude each other"),
         (["report", "none"], "none: no run here"),
         (["run", "none.toml"], "none.toml: no such file"),
         (["run", "{toml}"], "train.epohcs: unknown key; did you mean 'epochs'"),
