@@ -118,6 +118,8 @@ def _card(name: str, info: dict[str, Any], metrics: dict[str, Any], provenance: 
     ratio = metrics.get("ratio_to_richness")
     ratio_line = "" if ratio is None else f" The ratio to richness is {ratio:.3f}."
     seed, commit = provenance.get("seed"), provenance.get("git") or "unknown"
+    commit = f"{commit[:-1]} with changes" if commit.endswith("+") else commit
+    z_range = "not used" if info["z_range"] is None else "{:.2f} to {:.2f}".format(*info["z_range"])
     warning = (
         "**Trained on mock images alone.** The mock sky is matched to SDSS, but real masses from this network carry "
         "whatever differs between the two, on top of the errors it gives. Train or fine-tune on real labels where you "
@@ -137,8 +139,8 @@ One network that gives log10(M500c / Msun), H0 = 70 km/s/Mpc, Om = 0.3, from {in
 |---|---|
 | trained on | {info["trained_on"]}, {metrics["n"]} labelled clusters{start} |
 | images | bands {info["bands"]}, {grid["n_pixels"]} x {grid["n_pixels"]} pixels, {width} wide |
-| redshifts | {info["z_range"][0]:.2f} to {info["z_range"][1]:.2f} |
-| labels | {low:.2f} to {high:.2f} |
+| redshifts | {z_range} |
+| labels | {low:.2f} to {high:.2f}, their errors included |
 | prior | {info["prior"]} |
 | pix2mass | {provenance["versions"].get("pix2mass", "?")}, commit {commit}, seed {seed} |
 | SHA-256 of the weights | `{digest}` |
