@@ -297,7 +297,7 @@ def main() -> None:
     """Run the recipes, print the tables and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", choices=ORDER, help="only this one; may be given several times")
-    parser.add_argument("--quick", action="store_true", help="fewer clusters, the same code: about 15 minutes, 2 cores")
+    parser.add_argument("--quick", action="store_true", help="fewer clusters, the same code: about 12 minutes, 2 cores")
     parser.add_argument(
         "--learning-curve",
         action="store_true",

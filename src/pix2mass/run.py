@@ -10,13 +10,17 @@ Files of a run folder::
     catalog.ecsv            the labelled clusters trained on
     folds.ecsv              which cluster is in which fold
     train-out-of-fold.ecsv  their masses by the networks that did not see them
+    null-out-of-fold.ecsv   the same of networks trained on shuffled labels
+    masses.ecsv             masses of the clusters without labels
     predictions.ecsv        out-of-fold mass of every labelled cluster, beside label, richness and (mock) truth
     metrics.json            every score with its baselines
+    learning_curve.json     error against number of labels, if asked for
     maps/ID.npz, ID.fits    attribution maps
     report.html             all of it, to look at
     provenance.json         versions, seed, checksums, command
     stages.json             finished stages: what they were made from and how long they took
     log.txt                 what happened, with times
+    survey-*/, *.zarr       catalogues and images that the run made itself
 """
 
 from __future__ import annotations
