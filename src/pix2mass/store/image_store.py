@@ -162,8 +162,8 @@ class ImageStore:
         """
         if self._header["inputs"] != inputs:
             raise Pix2massError(
-                f"{self.path}: a store of other clusters, positions, redshifts or images lies here "
-                f"({len(self)} rows); remove it or choose another path"
+                f"{self.path}: a store of other clusters, positions, redshifts or images lies here ({len(self)} rows), "
+                "or one of files that have changed since; remove it or choose another path"
             )
 
     @classmethod
