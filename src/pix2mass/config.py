@@ -521,8 +521,9 @@ class TrainConfig(OptimConfig):
     network: Literal["bands", "gaussian-process", "galaxies"] = "bands"
     """'bands': features of each band by itself, from network 1 (the paper's way), and a network on them.
     'gaussian-process': the same features, kept as they are, and a Gaussian process on their means and peaks in rings.
-    'galaxies': sources of the image are weighed and counted; needs no network 1. The last two need the redshift; of the
-    settings here folds and fold_separation_deg have a say, of 'galaxies' start_from and ensemble_size too."""
+    'galaxies': sources of the image are weighed and counted; needs no network 1. The last two need the redshift, and
+    of the settings here only folds and fold_separation_deg count for them; for 'galaxies' also start_from and
+    ensemble_size."""
     ensemble_size: int = Field(default=1, ge=1)
     """Networks of galaxies trained from different first weights, whose mean is the mass; with start_from there are as
     many as that run has. The image is described once for all of them."""

@@ -22,7 +22,7 @@ from pix2mass.distribute import Workers
 from pix2mass.evaluate import baselines, baselines_from, evaluate
 from pix2mass.explain import DEFAULT_METHOD, explain
 from pix2mass.images.archive import Folder, Http, open_archive
-from pix2mass.images.cutouts import CutoutSource, write_cutout
+from pix2mass.images.cutouts import CutoutSource, cutout_path, write_cutout
 from pix2mass.images.frame_index import FrameIndex
 from pix2mass.images.frames import FrameSource
 from pix2mass.images.hips import HipsSource
@@ -45,7 +45,7 @@ from pix2mass.richness import (
     richness_mass_fit_with_scatter,
     ten_sigma_depth_mag,
 )
-from pix2mass.run import RunFolder, digest
+from pix2mass.run import RunFolder, digest, write_atomic
 from pix2mass.store import ImageStore, Source, build
 from pix2mass.train import pretrain, shared_positions, train
 from pix2mass.types import Pix2massError
@@ -179,11 +179,7 @@ def _files(config: BuildConfig, catalog: QTable, grid: GridConfig) -> dict[str, 
     """Digest of the user's own cutouts, by name, size and time: one that is mended or added makes other images."""
     if config.cutouts is None:
         return {}
-    paths = [
-        Path(config.cutouts.replace("{band}", band).replace("{id}", str(name)))
-        for name in catalog["id"]
-        for band in grid.bands
-    ]
+    paths = [cutout_path(config.cutouts, str(name), band) for name in catalog["id"] for band in grid.bands]
     found = [[str(path), *((s := path.stat()).st_size, s.st_mtime_ns)] for path in paths if path.is_file()]
     return {"files": digest(found)}
 
@@ -274,7 +270,7 @@ def _check_same_survey(config: MockConfig, seed: int, out: Path) -> None:
     if path.exists() and json.loads(path.read_text()) != survey:
         raise Pix2massError(f"{out}: another mock survey lies here (see {path}); remove it or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(survey, indent=2) + "\n")
+    write_atomic(path, json.dumps(survey, indent=2) + "\n")
 
 
 def draw_frames(

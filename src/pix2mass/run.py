@@ -220,9 +220,8 @@ class RunFolder:
     def write_provenance(self, seed: int, **facts: Any) -> None:
         """Keep versions, platform, seed, git commit and further facts, such as checksums of the stores: ``stores`` adds
         to those of earlier stages."""
-        path = self / "provenance.json"
-        before = json.loads(path.read_text()).get("stores", {}) if path.exists() else {}
-        if stores := {**before, **facts.pop("stores", {})}:
+        before = self.read_json("provenance.json") if (self / "provenance.json").exists() else {}
+        if stores := {**before.get("stores", {}), **facts.pop("stores", {})}:
             facts["stores"] = stores
         versions = {}
         for package in _PACKAGES:

@@ -53,6 +53,11 @@ class _Regridded(NamedTuple):
     footprint: np.ndarray
 
 
+def cutout_path(pattern: str, identifier: str, band: str) -> Path:
+    """The file of one band of one cluster; the id comes last, since it may hold braces."""
+    return Path(pattern.replace("{band}", band).replace("{id}", identifier))
+
+
 class CutoutSource:
     """Cutouts from files named by a pattern such as ``DIR/{id}-{band}.fits``.
 
@@ -105,17 +110,14 @@ class CutoutSource:
             Pix2massError: not one cluster has a file, or an id cannot be part of a file's name.
         """
         names, bands = [_check_id(value) for value in ids], self.grid.bands
-        without = [name for name in names if not any(self._path(name, band).is_file() for band in bands)]
+        without = [name for name in names if not any(cutout_path(self.pattern, name, band).is_file() for band in bands)]
         if not without:
             return
         looked_for = f"cutouts {self.pattern!r}: {len(without)} of {len(names)} clusters have no file in any band"
-        example = f"e.g. there is no {self._path(without[0], bands[0])}"
+        example = f"e.g. there is no {cutout_path(self.pattern, without[0], bands[0])}"
         if len(without) == len(names):
             raise Pix2massError(f"{looked_for}; {example}; correct the pattern, or the catalogue's column id")
         warnings.warn(f"{looked_for} and will be flagged OUTSIDE; {example}", stacklevel=2)
-
-    def _path(self, identifier: str, band: str) -> Path:
-        return Path(self.pattern.replace("{band}", band).replace("{id}", identifier))
 
     def cutout(self, cluster: ClusterRow) -> Cutout:
         """The cutout of one cluster.
@@ -146,7 +148,7 @@ class CutoutSource:
         flags = Flag(0)
         present = []
         for k, band in enumerate(bands):
-            path = self._path(identifier, band)
+            path = cutout_path(self.pattern, identifier, band)
             try:
                 image = _read_image(path)
                 flux, variance, coverage, footprint = _regrid(image, wcs, n_pixels)
@@ -302,7 +304,7 @@ def write_cutout(cutout: Cutout, cluster_id: str, pattern: str) -> list[Path]:
             primary.header["CUTFLAGS"] = str(cutout.flags)
         sigma = fits.ImageHDU(cutout.sigma[k], name="SIGMA")
         mask = fits.ImageHDU(cutout.mask[k].astype(np.uint8), name="MASK")
-        path = Path(pattern.replace("{band}", band).replace("{id}", identifier))
+        path = cutout_path(pattern, identifier, band)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         fits.HDUList([primary, sigma, mask]).writeto(part, overwrite=True)
