@@ -116,9 +116,10 @@ def test_all_mistakes_are_listed_at_once():
         (PretrainConfig, {"task": "contrastive", "units": "l-star"}, "'contrastive' needs units = 'noise'"),
         (
             TrainConfig,
-            {"network": "gaussian-process", "freeze_encoder": False},
-            "leave out start_from and freeze_encoder",
+            {"network": "gaussian-process", "freeze_encoder": False, "start_from": "a"},
+            "has no use for start_from, freeze_encoder: leave that out",
         ),
+        (TrainConfig, {"network": "galaxies", "epochs": 9, "views": 8}, "has no use for epochs, views: leave that out"),
         (TrainConfig, {"network": "gaussian-process", "use_redshift": False}, "needs use_redshift"),
         (TrainConfig, {"ensemble_size": 3}, "ensemble_size is for network = 'galaxies'"),
     ],

@@ -511,6 +511,11 @@ class PretrainConfig(OptimConfig):
         return self
 
 
+_COUNTS = ("folds", "fold_separation_deg", "network", "use_redshift")
+"""Settings of TrainConfig that count for networks of all kinds."""
+_COUNTS_FOR_GALAXIES = ("start_from", "ensemble_size")
+
+
 class TrainConfig(OptimConfig):
     """Network 2: from the features of the bands to a mass, by k-fold cross-validation."""
 
@@ -522,8 +527,8 @@ class TrainConfig(OptimConfig):
     """'bands': features of each band by itself, from network 1 (the paper's way), and a network on them.
     'gaussian-process': the same features, kept as they are, and a Gaussian process on their means and peaks in rings.
     'galaxies': sources of the image are weighed and counted; needs no network 1. The last two need the redshift, and
-    of the settings here only folds and fold_separation_deg count for them; for 'galaxies' also start_from and
-    ensemble_size."""
+    have no use for the settings here but folds and fold_separation_deg; 'galaxies' also takes start_from and
+    ensemble_size. Any other is refused with them."""
     ensemble_size: int = Field(default=1, ge=1)
     """Networks of galaxies trained from different first weights, whose mean is the mass; with start_from there are as
     many as that run has. The image is described once for all of them."""
@@ -559,10 +564,12 @@ class TrainConfig(OptimConfig):
             raise ValueError(f"ensemble_size is for network = 'galaxies', this one is {self.network!r}")
         if self.network != "bands" and not self.use_redshift:
             raise ValueError(f"network = {self.network!r} needs use_redshift")
-        if self.network == "gaussian-process" and (self.start_from is not None or not self.freeze_encoder):
-            raise ValueError(
-                "network = 'gaussian-process' keeps network 1's features: leave out start_from and freeze_encoder"
-            )
+        if self.network != "bands":
+            counts = {*_COUNTS, *(_COUNTS_FOR_GALAXIES if self.network == "galaxies" else ())}
+            fields = TrainConfig.model_fields.items()
+            ignored = [name for name, field in fields if name not in counts and getattr(self, name) != field.default]
+            if ignored:
+                raise ValueError(f"network = {self.network!r} has no use for {', '.join(ignored)}: leave that out")
         return self
 
 

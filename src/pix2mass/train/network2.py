@@ -163,6 +163,7 @@ def train(
             for k in range(n_networks):
                 folder.save_weights(f"fold-{k}", torch.load(checkpoints / f"fold-{k}.pt", weights_only=True))
             covered, statistics = _look(store, data.rows)
+            blind_to_edges = config.network == "bands" and config.edge_probability == 0
             calibration = fit_calibration(*known, networks=n_folds)
             # Estimates are held against what predictions will be, so with the same calibration.
             as_predicted = calibration.posterior(mean, sigma, data.z).centre
@@ -181,7 +182,7 @@ def train(
                     "label_range": [float(data.label.min()), float(data.label.max())],
                     # Simulated edges pass no further than the centre: about half of the image is always left. Networks
                     # that are not trained on them make up for masked area.
-                    "min_coverage": min(0.5 if config.edge_probability > 0 else 1.0, float(covered.min())),
+                    "min_coverage": min(1.0 if blind_to_edges else 0.5, float(covered.min())),
                     "prior": "the distribution of the training labels",
                     "reference": Reference.fit(statistics, data.z, as_predicted).as_json(),
                     "trained_on": "mock sky" if "log10_m500c_true" in catalog.colnames else "real observations",
