@@ -381,6 +381,21 @@ def test_the_network_of_galaxies_learns_without_network_1_and_predicts(counting,
     assert np.abs(np.asarray(predicted["log10_m500c"]) - true).mean() < error + 0.02
 
 
+def test_a_label_without_an_error_is_as_good_as_most(toy, tmp_path):
+    catalog, store = toy
+    some, most = catalog.copy(), catalog.copy()
+    error = np.linspace(0.05, 0.25, len(catalog))
+    some["log10_m500c_err"] = np.where(np.arange(len(catalog)) % 3 == 0, np.nan, error)
+    typical = np.nanmedian(some["log10_m500c_err"])
+    most["log10_m500c_err"] = np.where(np.arange(len(catalog)) % 3 == 0, typical, error)
+    left, right = (
+        train(store, table, folds(90), RunFolder(tmp_path / name), GALAXIES, 1)
+        for name, table in (("some", some), ("most", most))
+    )
+    for column in ("log10_m500c", "log10_m500c_err"):
+        np.testing.assert_allclose(left[column], right[column], rtol=1e-6)
+
+
 @pytest.mark.parametrize("units", ["noise", "l-star"])
 def test_a_gaussian_process_learns_from_frozen_features_and_predicts(toy, tmp_path, units):
     catalog, store = toy

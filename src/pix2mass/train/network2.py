@@ -70,8 +70,11 @@ class _Labelled:
         if not self.knows_z:  # nothing is learnt from the redshifts of some
             self.z = np.zeros(len(self.z))
         self.ids, self.rows, self.label = ids[usable], rows[usable], label[usable]
-        # A label without an error: its noise then counts as the network's own.
-        self.label_err = np.nan_to_num(np.asarray(catalog["log10_m500c_err"], float)[usable])
+        error = np.asarray(catalog["log10_m500c_err"], float)[usable]
+        known = np.isfinite(error)
+        # A label without an error beside others with one is as good as most; where none has one, noise counts as the
+        # network's own.
+        self.label_err = np.where(known, error, np.median(error[known]) if known.any() else 0.0)
 
     def __len__(self) -> int:
         return len(self.ids)
