@@ -109,12 +109,15 @@ class Case:
     @property
     def light(self) -> np.ndarray:
         """(h, w) all true light."""
-        return sum(self.truth.values(), np.zeros(self.radius.shape))
+        return self.light_of(*self.truth)
+
+    def light_of(self, *classes: str) -> np.ndarray:
+        """(h, w) true light of some classes."""
+        return sum((self.truth[name] for name in classes), np.zeros(self.radius.shape))
 
     def own(self, *classes: str) -> np.ndarray:
         """(h, w) pixels whose light is mostly that of some classes."""
-        part = sum((self.truth[name] for name in classes), np.zeros(self.radius.shape))
-        return (part > OWN_LIGHT * self.light) & (self.light > FAINTEST_SIGMA)
+        return (self.light_of(*classes) > OWN_LIGHT * self.light) & (self.light > FAINTEST_SIGMA)
 
 
 # ---- truth -----------------------------------------------------------------------------------------------------------
@@ -357,7 +360,7 @@ class Tally:
             size = (len(LIGHT_EDGES) + 1) * (len(RADIUS_EDGES) + 1)
             # Far from all sources the drawn light may be less than nothing by a rounding error.
             lit = np.maximum(case.light, FAINTEST_SIGMA)
-            members = np.clip(sum(case.truth[name] for name in GALAXIES), 0, lit) / lit
+            members = np.clip(case.light_of(*GALAXIES), 0, lit) / lit
             rows.append(
                 {
                     name: np.array(
@@ -566,15 +569,17 @@ def main() -> None:
 
     # Do the maps depend on the weights, and on the labels?
     names = ("joint", "integrated_gradients", "cam")
-    broken = Predictor(run)
-    random_weights(broken, cases)
-    others = {"random weights": broken}
+    networks = {"random weights": Predictor(run)}
+    random_weights(networks["random weights"], cases)
     if not options.without_training:
-        others["shuffled labels"] = shuffled_run(run, labelled)
+        networks["shuffled labels"] = shuffled_run(run, labelled)
     print(f"{'rank correlation with the |map| of':<38} " + " ".join(f"{METHODS[name]:>22}" for name in names))
-    for title, other in others.items():
-        found = [summed(mass_maps(other, c.images, c.valid, c.noise, c.z, c.blank, STEPS)) for c in cases]
-        key = "randomised_correlation" if other is broken else "shuffled_correlation"
+    maps_of = {
+        title: [summed(mass_maps(other, c.images, c.valid, c.noise, c.z, c.blank, STEPS)) for c in cases]
+        for title, other in networks.items()
+    }
+    for title, found in maps_of.items():
+        key = "randomised_correlation" if title == "random weights" else "shuffled_correlation"
         for where, suffix, label in (
             ("pixels", "", title),
             ("at equal", "_at_equal", "   at equal radius and |x - blank sky|"),
@@ -589,9 +594,24 @@ def main() -> None:
             out[key + suffix] = medians[default][0]
             out[f"{key}{suffix}_by_method"] = {name: value for name, (value, _) in medians.items()}
             print(f"{label:<38} " + " ".join(f"{show(*medians[name]):>22}" for name in names))
-    medians = {name: median_of([correlation(c, c.maps[name], c.maps["input"]) for c in cases]) for name in names}
-    out["input_only_correlation"] = medians[default][0]
-    print(f"{'the image alone, |x - blank sky|':<38} " + " ".join(f"{show(*medians[name]):>22}" for name in names))
+    learnt = {name: [c.maps[name] for c in cases] for name in names}
+    broken = {name: [f[name] for f in maps_of["random weights"]] for name in names}
+    for key, label, maps, others in (
+        ("input_only_correlation", "the image alone, |x - blank sky|", learnt, [c.maps["input"] for c in cases]),
+        # What a map would have that showed the members and nothing else.
+        (
+            "truth_randomised_correlation",
+            "true light of members, random weights",
+            broken,
+            [c.light_of(*GALAXIES) for c in cases],
+        ),
+    ):
+        medians = {
+            name: median_of([correlation(*pair) for pair in zip(cases, maps[name], others, strict=True)])
+            for name in names
+        }
+        out[key] = medians[default][0]
+        print(f"{label:<38} " + " ".join(f"{show(*medians[name]):>22}" for name in names))
     print("target for random weights: below 0.2\n")
 
     # Deletion and insertion; whom each method finds.
