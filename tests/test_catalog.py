@@ -84,6 +84,54 @@ def test_columns_are_mapped_and_a_wrong_name_is_hinted(tmp_path):
         assert f"column '{name}' is missing" in str(caught.value)
 
 
+def test_columns_are_all_taken_from_the_file_before_any_is_named_anew(tmp_path):
+    table = small()
+    table["zspec"] = [0.21, 0.31]
+    write_catalog(QTable(table), tmp_path / "a.ecsv")
+    read = read_catalog(tmp_path / "a.ecsv", {"z": "zspec", "z_phot": "z"})
+    np.testing.assert_array_equal(read["z"], [0.21, 0.31])
+    np.testing.assert_array_equal(read["z_phot"], [0.2, 0.3])
+    with pytest.raises(Pix2massError, match="column 'id' is missing"):
+        read_catalog(tmp_path / "a.ecsv", {"name": "id"})
+    both = read_catalog(tmp_path / "a.ecsv", {"id": "id", "group": "id"})
+    assert both["group"].tolist() == both["id"].tolist() == ["a", "b"]
+
+
+def test_letters_that_fits_cannot_hold_are_named(tmp_path):
+    table = check_catalog(small(), "here")
+    table.meta["run"] = "Müller"
+    write_catalog(table, tmp_path / "a.fits")
+    assert Table.read(tmp_path / "a.fits").meta["RUN"] == "M\\xfcller"
+    table["note"] = ["plain", "Abéll"]
+    with pytest.raises(Pix2massError, match="row 2: note = 'Abéll' has letters that FITS cannot hold"):
+        write_catalog(table, tmp_path / "b.fits")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.fits"]
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({"mass_definition": "200m"}, "mass_definition = '200m', column log10_m500c is for 500c"),
+        ({"cosmology": {"H0_km_s_Mpc": 100.0, "Om0": 0.3}}, r"H0_km_s_Mpc = 100\.0, expected 70"),
+    ],
+)
+def test_masses_of_another_definition_or_cosmology_are_refused(meta, message):
+    table = small()
+    table.meta.update(meta)
+    check_catalog(table, "here")
+    table["log10_m500c"] = [14.5, np.nan]
+    with pytest.raises(Pix2massError, match=message):
+        check_catalog(table, "here")
+
+
+@pytest.mark.parametrize("name", ["z", "ra_deg", "id"])
+def test_columns_of_arrays_are_refused(name):
+    table = small()
+    table[name] = np.stack([np.asarray(table[name])] * 3, axis=1)
+    with pytest.raises(Pix2massError, match=rf"column '{name}' .*arrays of shape \(3,\), expected one"):
+        check_catalog(table, "here")
+
+
 def test_names_in_csv_stay_as_they_are_written(tmp_path):
     """Also under another column name, behind a byte-order mark, and compressed."""
     names = ["007", "7", "1.10", "1.1", "12E3", "12000", "nan", "True"]

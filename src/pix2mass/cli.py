@@ -704,7 +704,7 @@ def predict(
 
     from pix2mass import pipeline
     from pix2mass.catalog import write_catalog
-    from pix2mass.catalog.table import redshift_errors
+    from pix2mass.catalog.table import check_letters, redshift_errors
     from pix2mass.distribute import open_workers
     from pix2mass.predict import Predictor
     from pix2mass.store import ImageStore
@@ -735,9 +735,11 @@ def predict(
         errors: Any = z_err or 0.0
         if is_store:
             store = ImageStore.open(str(clusters))
+            check_letters(store.ids, "id", out)
         else:
             images = out.with_suffix(".zarr") if clusters else Path(scratch) / "position.zarr"
             table = _to_weigh(clusters, position, id, columns, predictor)
+            check_letters(table["id"], "id", out)
             if z_err is None:
                 errors = redshift_errors(table, str(clusters))
             source = source or validate(BuildConfig, {}, "pix2mass predict")

@@ -18,8 +18,8 @@ from astropy.table import QTable, Table
 
 from pix2mass.catalog.masses import MassDefinition, definition_of, looks_like_mass, to_m500c
 from pix2mass.catalog.registry import CATALOGUES, DERIVED, MASS_UNIT, OWN, Catalogue, Field, Form, catalogue
-from pix2mass.catalog.table import check_catalog
-from pix2mass.cosmology import H0_KM_S_MPC, OMEGA_M, r500c_kpc
+from pix2mass.catalog.table import check_catalog, check_cosmology, renamed
+from pix2mass.cosmology import r500c_kpc
 from pix2mass.types import Pix2massError
 
 VIZIER = "https://vizier.cds.unistra.fr"
@@ -83,13 +83,7 @@ def read_published(
             raise Pix2massError(f"{path}: no such file; expected a cluster catalogue in FITS, VOTable, ECSV or CSV")
         path = fetch(catalogue(str(name_or_path)), vizier, cache)
     table = _read_any(path)
-    for ours, theirs in (columns or {}).items():
-        if theirs not in table.colnames:
-            raise Pix2massError(f"{path}: columns {ours}={theirs}: the file has {', '.join(table.colnames)}")
-        if ours != theirs:
-            if ours in table.colnames:
-                table.remove_column(ours)
-            table.rename_column(theirs, ours)
+    table = renamed(table, columns or {}, str(path))
     found = None if columns else recognise(table)
     if found is None:
         return _own_table(table, path, concentration)
@@ -279,15 +273,7 @@ def _check_stated_cosmology(table: Table, stated: Mapping[str, MassDefinition], 
             f"{path}: the metadata say mass_definition = {definition!r}, the column is named {', '.join(stated)}; "
             "correct one of the two"
         )
-    cosmology = table.meta.get("cosmology")
-    if not isinstance(cosmology, Mapping):
-        return
-    for key, ours in (("H0_km_s_Mpc", H0_KM_S_MPC), ("Om0", OMEGA_M)):
-        if abs(float(cosmology.get(key, ours)) - ours) > 1e-3:
-            raise Pix2massError(
-                f"{path}: the metadata say {key} = {cosmology[key]}, expected {ours}; how masses depend on it only "
-                "their method knows: derive them again, or correct the metadata if they are wrong"
-            )
+    check_cosmology(table.meta, str(path))
 
 
 def _finish(

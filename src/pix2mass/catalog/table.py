@@ -65,14 +65,46 @@ def read_catalog(path: str | Path, columns: Mapping[str, str] | None = None, nee
         table = Table.read(path, format=kind, **options)
     except Exception as error:  # noqa: BLE001  each reader has errors of its own
         raise Pix2massError(f"{path}: could not be read as {kind.removeprefix('ascii.').upper()}: {error}") from error
-    for ours, theirs in (columns or {}).items():
+    return check_catalog(renamed(table, columns or {}, str(path)), str(path), need)
+
+
+def renamed(table: Table, columns: Mapping[str, str], where: str) -> Table:
+    """The same table with some columns under other names, all as the file has them: ``{"z": "a", "a": "z"}`` swaps two.
+
+    Args:
+        table: as read.
+        columns: our name -> the table's name.
+        where: what to call the table in errors.
+
+    Raises:
+        Pix2massError: the table lacks a column.
+    """
+    for ours, theirs in columns.items():
         if theirs not in table.colnames:
-            raise Pix2massError(f"{path}: --columns {ours}={theirs}: {_unknown_column(theirs, table.colnames)}")
-        if ours != theirs:
-            if ours in table.colnames:
-                table.remove_column(ours)
-            table.rename_column(theirs, ours)
-    return check_catalog(table, str(path), need)
+            raise Pix2massError(f"{where}: --columns {ours}={theirs}: {_unknown_column(theirs, table.colnames)}")
+    found = {ours: table[theirs].copy() for ours, theirs in columns.items()}
+    out = table.copy(copy_data=False)
+    out.remove_columns(sorted({*columns.values(), *(ours for ours in columns if ours in table.colnames)}))
+    for ours, values in found.items():
+        out[ours] = values
+    return out
+
+
+def check_cosmology(meta: Mapping[str, Any], where: str) -> None:
+    """That the metadata of a table with masses name no other cosmology than the project's.
+
+    Raises:
+        Pix2massError: they do.
+    """
+    cosmology = meta.get("cosmology")
+    if not isinstance(cosmology, Mapping):
+        return
+    for key, ours in (("H0_km_s_Mpc", H0_KM_S_MPC), ("Om0", OMEGA_M)):
+        if abs(float(cosmology.get(key, ours)) - ours) > 1e-3:
+            raise Pix2massError(
+                f"{where}: the metadata say {key} = {cosmology[key]}, expected {ours}; how masses depend on it only "
+                "their method knows: derive them again, or correct the metadata if they are wrong"
+            )
 
 
 def check_catalog(table: Table, where: str, need: tuple[str, ...] = ()) -> QTable:
@@ -103,6 +135,10 @@ def check_catalog(table: Table, where: str, need: tuple[str, ...] = ()) -> QTabl
     out.meta.setdefault("mass_definition", MASS_DEFINITION)
     out.meta.setdefault("cosmology", {"H0_km_s_Mpc": H0_KM_S_MPC, "Om0": OMEGA_M, "flat": True})
     ids = [str(value).strip() for value in table["id"]]
+    if getattr(table["id"], "ndim", 1) > 1:
+        raise Pix2massError(
+            f"{where}: column 'id' holds arrays of shape {table['id'].shape[1:]}, expected one name a row"
+        )
     out["id"] = ids
     first: dict[str, int] = {}
     for row, cluster_id in enumerate(ids, start=1):
@@ -128,6 +164,15 @@ def check_catalog(table: Table, where: str, need: tuple[str, ...] = ()) -> QTabl
     if "label_source" not in out.colnames:
         out["label_source"] = [""] * len(table)
     _refuse(problems, where)
+    if np.isfinite(out["log10_m500c"]).any():
+        definition = str(out.meta["mass_definition"])
+        if definition != MASS_DEFINITION:
+            raise Pix2massError(
+                f"{where}: the metadata say mass_definition = {definition!r}, column log10_m500c is for "
+                f"{MASS_DEFINITION}; name the column after the masses it holds and let `pix2mass catalog build` "
+                "convert them, or correct the metadata if they are wrong"
+            )
+        check_cosmology(out.meta, where)
     for name in table.colnames:
         if name not in out.colnames:
             out[name] = table[name]
@@ -158,7 +203,8 @@ def write_catalog(table: QTable, path: str | Path) -> None:
     CSV holds no metadata; FITS holds those that are text or numbers, ``cosmology: {Om0: ...}`` as ``cosmology_Om0``.
 
     Raises:
-        Pix2massError: another ending, or CSV and a column with more than one value per row.
+        Pix2massError: another ending, CSV and a column with more than one value per row, or FITS and letters beyond
+            ASCII.
     """
     path = Path(path)
     kinds = {".ecsv": "ascii.ecsv", ".csv": "ascii.csv", ".fits": "fits"}
@@ -170,6 +216,9 @@ def write_catalog(table: QTable, path: str | Path) -> None:
             f"{path}: CSV holds one value per row and column, not the arrays of {', '.join(wide)}; choose a name "
             "ending in .ecsv or .fits, or leave these columns out"
         )
+    if path.suffix == ".fits":
+        for name in table.colnames:
+            check_letters(table[name], name, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     if path.suffix == ".fits":
@@ -181,13 +230,30 @@ def write_catalog(table: QTable, path: str | Path) -> None:
     os.replace(part, path)
 
 
+def check_letters(values: Any, name: str, path: Path) -> None:
+    """That a column can be written to a file, if that is a FITS file, whose texts have ASCII letters alone.
+
+    Raises:
+        Pix2massError: names the first row that cannot.
+    """
+    if path.suffix != ".fits" or np.asarray(values).dtype.kind not in "UO":
+        return
+    for row, value in enumerate(values, start=1):
+        if isinstance(value, str) and not value.isascii():
+            raise Pix2massError(
+                f"{path}: row {row}: {name} = {value!r} has letters that FITS cannot hold; choose a name ending in "
+                ".ecsv or .csv"
+            )
+
+
 def _flat_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata for a FITS header, which holds no mappings: ``{"a": {"b": 1}}`` becomes ``{"a_b": 1}``."""
+    """Metadata for a FITS header, which holds no mappings: ``{"a": {"b": 1}}`` becomes ``{"a_b": 1}``; and no letters
+    beyond ASCII, which become their codes."""
     flat = {}
     for name, value in meta.items():
         inner = {f"{name}_{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}
         flat.update(inner)
-    return flat
+    return {k: v.encode("ascii", "backslashreplace").decode() if isinstance(v, str) else v for k, v in flat.items()}
 
 
 def _rows(table: Table, name: str, bad: np.ndarray, meaning: str) -> list[str]:
@@ -206,6 +272,8 @@ def _floats(table: Table, name: str, where: str) -> np.ndarray:
     try:
         plain = getattr(column, "unmasked", column)
         values = np.array(np.ma.getdata(getattr(plain, "value", plain)), float)
+        if values.shape[1:]:
+            raise ValueError(f"it holds arrays of shape {values.shape[1:]}, expected one number a row")
         values[np.asarray(getattr(column, "mask", False)) & np.ones(len(values), bool)] = np.nan
         unit = getattr(column, "unit", None)
         if name.endswith("_deg") and unit is not None:
