@@ -15,6 +15,7 @@ from pix2mass.calibrate import (
     cross_calibrate,
     fit_calibration,
     flat,
+    known_errors,
 )
 
 
@@ -169,6 +170,33 @@ def test_the_slopes_error_is_its_scatter():
         errors.append(line.slope_err)
     assert np.mean(slopes) == pytest.approx(0.7, abs=0.015)
     assert np.std(slopes) == pytest.approx(np.mean(errors), rel=0.3)
+
+
+def test_a_few_labels_that_say_nothing_change_little():
+    rng = np.random.default_rng(5)
+    true = rng.normal(14.4, 0.4, 300)
+    estimate = 14.4 + 0.8 * (true - 14.4) + 0.1 * rng.standard_normal(300)
+    label_err = np.full(300, 0.1)
+    doubtful = label_err.copy()
+    doubtful[:6] = 2.0
+    label = true + 0.1 * rng.standard_normal(300)
+    line, other = Shrinkage.fit(estimate, label, label_err), Shrinkage.fit(estimate, label, doubtful)
+    assert line.slope == pytest.approx(0.8, abs=0.04) and other.slope == pytest.approx(line.slope, abs=0.01)
+    priors = [TrainingPrior.fit(label, error, np.full(300, 0.3)) for error in (label_err, doubtful)]
+    assert priors[0].high - priors[0].low == pytest.approx(priors[1].high - priors[1].low, abs=0.05)
+
+
+def test_a_prior_learnt_without_redshifts_needs_none(rng):
+    label = rng.uniform(14, 15, 500)
+    prior = TrainingPrior.fit(label, np.full(500, 0.01), np.zeros(500))
+    one = gaussian(np.array([14.5]), np.array([0.2]))
+    known, unknown = (one.reweighted(prior.to(flat), np.array([z]))["log10_m500c"] for z in (0.3, np.nan))
+    assert known == unknown and np.isfinite(known)
+
+
+def test_missing_errors_of_labels_are_like_most():
+    np.testing.assert_array_equal(known_errors(np.array([0.1, np.nan, 0.2, 0.4])), [0.1, 0.2, 0.2, 0.4])
+    np.testing.assert_array_equal(known_errors(np.full(2, np.nan)), [0, 0])
 
 
 def test_the_offset_of_one_network_is_not_put_on_another():

@@ -153,6 +153,15 @@ def test_on_real_data_the_label_and_its_error_are_the_reference(rng):
     assert metrics["coverage_68"] > 0.75
 
 
+def test_missing_errors_of_labels_count_as_in_training(rng):
+    table, fold = catalog(rng, mock=False)
+    found, shuffled = results(table, fold, 0.1, rng), results(table, fold, 0.5, rng)
+    some = table.copy()
+    some["log10_m500c_err"][::3] = np.nan
+    with_all, with_some = (evaluate(one, found, shuffled, 1, {})[0] for one in (table, some))
+    assert json.dumps(with_all) == json.dumps(with_some)
+
+
 def test_shuffled_labels_as_good_as_real_ones_fail_the_null_test_and_all_numbers_are_kept(rng):
     table, fold = catalog(rng)
     metrics, predictions = evaluate(table, results(table, fold, 0.2, rng), results(table, fold, 0.2, rng), 1, {})

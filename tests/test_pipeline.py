@@ -139,6 +139,14 @@ def test_training_refuses_images_made_for_another_place_or_redshift(tmp_path, co
         pipeline.train_run(folder, store, catalog, TrainConfig(folds=2, accelerator="cpu"), 1, silent)
 
 
+def test_labels_that_do_not_differ_are_refused_before_training(tmp_path):
+    catalog = toy_catalog(30, 1)
+    catalog["log10_m500c"] = 14.5
+    store = build(catalog, ToySource(GRID), tmp_path / "toy.zarr", GRID)
+    with pytest.raises(Pix2massError, match="all 30 labels are log10_m500c = 14.5: expected masses that differ"):
+        pipeline.train_run(RunFolder(tmp_path / "run"), store, catalog, TrainConfig(folds=2), 1, silent)
+
+
 def test_mock_files_of_two_surveys_do_not_mix(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "measure_richness", lambda *_: None)
     first = MockConfig(n_labelled=20, n_unlabelled=20)

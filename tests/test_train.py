@@ -15,6 +15,7 @@ from _toy import ToySource, toy_catalog
 from astropy.table import QTable
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pix2mass.calibrate import Shrinkage
 from pix2mass.config import GridConfig, PretrainConfig, TrainConfig
 from pix2mass.model import Encoder
 from pix2mass.predict import Predictor, predict
@@ -394,6 +395,9 @@ def test_a_label_without_an_error_is_as_good_as_most(toy, tmp_path):
     )
     for column in ("log10_m500c", "log10_m500c_err"):
         np.testing.assert_allclose(left[column], right[column], rtol=1e-6)
+    # Predictions are corrected by the line of what is published: the medians.
+    line = Shrinkage.fit(*(np.asarray(v) for v in (right["log10_m500c"], most["log10_m500c"], most["log10_m500c_err"])))
+    assert RunFolder(tmp_path / "most").read_json("model.json")["shrinkage"] == pytest.approx(line.as_json(), rel=1e-9)
 
 
 @pytest.mark.parametrize("units", ["noise", "l-star"])

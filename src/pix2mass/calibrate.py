@@ -343,9 +343,12 @@ class TrainingPrior:
     def fit(cls, label: np.ndarray, label_err: np.ndarray, z: np.ndarray) -> Self:
         """From labels (n,), their errors (n,), dex, and redshifts (n,).
 
-        The labels are drawn towards their mean until their variance is that of the true masses, which is smaller by the
-        errors' mean square, and a kernel of Scott's width (Scott 1992, Multivariate Density Estimation) is put on each.
+        Labels that say nothing are left out. The others are drawn towards their mean until their variance is that of
+        the true masses, which is smaller by the errors' mean square, and a kernel of Scott's width (Scott 1992,
+        Multivariate Density Estimation) is put on each.
         """
+        told = _telling(label, label_err)
+        label, label_err, z = label[told], label_err[told], z[told]
         slope = float(np.polyfit(z, label, 1)[0]) if np.ptp(z) > 0 else 0.0
         z0, level = float(z.mean()), float(label.mean())
         distance = label - level - slope * (z - z0)
@@ -383,7 +386,8 @@ class TrainingPrior:
         return log_ratio
 
     def _distance(self, mass: np.ndarray, z: np.ndarray) -> np.ndarray:
-        return mass - self.level - self.slope * (z[:, None] - self.z0)
+        # Without a slope no redshift is needed, and none may be known.
+        return mass - self.level - (self.slope * (z[:, None] - self.z0) if self.slope else 0.0)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for model.json."""
@@ -393,6 +397,23 @@ class TrainingPrior:
     def from_json(cls, values: dict[str, Any]) -> Self:
         """The inverse of :meth:`as_json`."""
         return cls(**{**values, "density": tuple(values["density"])})
+
+
+def known_errors(label_err: np.ndarray) -> np.ndarray:
+    """Standard errors (n,) of labels, dex, for those (n,) of a catalogue, NaN where it has none.
+
+    A label without an error beside others with one is as good as most: it gets their median. Where none has one, all
+    are 0, and the labels' noise counts as the network's own.
+    """
+    known = np.isfinite(label_err)
+    return np.where(known, label_err, np.median(label_err[known]) if known.any() else 0.0)
+
+
+def _telling(label: np.ndarray, label_err: np.ndarray) -> np.ndarray:
+    """Which labels (n,) tell something of the spread of masses: those with errors below twice the spread of all. A few
+    with errors of 2 dex would make up most of the mean square error."""
+    told = label_err < 2 * 1.4826 * np.median(np.abs(label - np.median(label)))
+    return told if told.sum() > len(label) / 2 else np.ones(len(label), bool)
 
 
 def flat(mass: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -423,10 +444,12 @@ class Shrinkage:
     def fit(cls, estimate: np.ndarray, label: np.ndarray, label_err: np.ndarray) -> Self:
         """From out-of-fold estimates (n,), labels (n,) and the labels' errors (n,), dex.
 
-        Least squares with the errors of the labels taken out of their variance, slope = cov(estimate, label) /
-        (var(label) - mean square error), and its standard error in large samples: Fuller 1987, Measurement Error
-        Models, section 1.2.
+        Labels that say nothing are left out. Least squares with the errors of the labels taken out of their variance,
+        slope = cov(estimate, label) / (var(label) - mean square error), and its standard error in large samples: Fuller
+        1987, Measurement Error Models, section 1.2.
         """
+        told = _telling(label, label_err)
+        estimate, label, label_err = estimate[told], label[told], label_err[told]
         pivot = float(label.mean())
         x, y = label - pivot, estimate - estimate.mean()
         noise = float((label_err**2).mean())

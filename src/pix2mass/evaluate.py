@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from astropy.table import QTable
 
-from pix2mass.calibrate import QUANTILES, Posterior, Shrinkage
+from pix2mass.calibrate import QUANTILES, Posterior, Shrinkage, known_errors
 from pix2mass.richness import richness_mass_fit
 from pix2mass.types import Pix2massError
 
@@ -142,7 +142,7 @@ def evaluate(
     used: Any = catalog[order]
     fold = np.asarray(out_of_fold["fold"], int)
     label = np.asarray(used["log10_m500c"], float)
-    label_err = np.nan_to_num(np.asarray(used["log10_m500c_err"], float))
+    label_err = known_errors(np.asarray(used["log10_m500c_err"], float))
     mock = "log10_m500c_true" in used.colnames
     reference = np.asarray(used["log10_m500c_true"], float) if mock else label
     reference_err = np.zeros(len(label)) if mock else label_err

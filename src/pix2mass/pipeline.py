@@ -480,6 +480,11 @@ def train_run(
         raise Pix2massError(
             f"{len(usable)} clusters have a mass in column log10_m500c and pixels, expected at least {2 * config.folds}"
         )
+    if np.ptp(np.asarray(usable["log10_m500c"], float)) == 0:
+        raise Pix2massError(
+            f"all {len(usable)} labels are log10_m500c = {usable['log10_m500c'][0]:g}: expected masses that differ, "
+            "there is nothing to learn; look at the catalogue"
+        )
     fold = sky_folds(
         np.asarray(usable["ra_deg"], float),
         np.asarray(usable["dec_deg"], float),

@@ -188,8 +188,8 @@ def predict(
     store = predictor.images(store if isinstance(store, ImageStore) else ImageStore.open(store))
     info = predictor.info
     z = store.z.copy()
-    if prior == "mass-function":
-        _check_redshifts(store, slice(None), "the mass function")
+    if prior == "mass-function" or (prior == "flat" and predictor.training_prior.slope):
+        _check_redshifts(store, slice(None), f"the prior {prior!r}")
     predictor.check_redshifts(store)
     errors = np.nan_to_num(np.broadcast_to(np.asarray(z_err, float), z.shape))
     site = _Site.of(predictor, store, _Choices(prior, correct_shrinkage, errors))

@@ -241,8 +241,8 @@ def check_letters(values: Any, name: str, path: Path) -> None:
     for row, value in enumerate(values, start=1):
         if isinstance(value, str) and not value.isascii():
             raise Pix2massError(
-                f"{path}: row {row}: {name} = {value!r} has letters that FITS cannot hold; choose a name ending in "
-                ".ecsv or .csv"
+                f"{path}: row {row}: {name} = {str(value)!r} has letters that FITS cannot hold; choose a name ending "
+                "in .ecsv or .csv"
             )
 
 

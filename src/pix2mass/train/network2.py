@@ -13,7 +13,7 @@ import torch
 from astropy.table import QTable
 from torch import Tensor
 
-from pix2mass.calibrate import Shrinkage, TrainingPrior, cross_calibrate, fit_calibration
+from pix2mass.calibrate import Shrinkage, TrainingPrior, cross_calibrate, fit_calibration, known_errors
 from pix2mass.config import GridConfig, PretrainConfig, TrainConfig, validate
 from pix2mass.galaxies import GalaxyRegressor
 from pix2mass.memory import keep_freed_memory
@@ -70,11 +70,7 @@ class _Labelled:
         if not self.knows_z:  # nothing is learnt from the redshifts of some
             self.z = np.zeros(len(self.z))
         self.ids, self.rows, self.label = ids[usable], rows[usable], label[usable]
-        error = np.asarray(catalog["log10_m500c_err"], float)[usable]
-        known = np.isfinite(error)
-        # A label without an error beside others with one is as good as most; where none has one, noise counts as the
-        # network's own.
-        self.label_err = np.where(known, error, np.median(error[known]) if known.any() else 0.0)
+        self.label_err = known_errors(np.asarray(catalog["log10_m500c_err"], float)[usable])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -179,7 +175,9 @@ def train(
                     "folds": n_networks,
                     "views": config.views if config.network == "bands" else 1,
                     "calibration": calibration.as_json(),
-                    "shrinkage": Shrinkage.fit(posterior.centre, data.label, data.label_err).as_json(),
+                    "shrinkage": Shrinkage.fit(
+                        posterior.summary()["log10_m500c"], data.label, data.label_err
+                    ).as_json(),
                     "training_prior": TrainingPrior.fit(data.label, data.label_err, data.z).as_json(),
                     "z_range": [float(data.z.min()), float(data.z.max())] if data.knows_z else None,
                     "label_range": [float(data.label.min()), float(data.label.max())],
