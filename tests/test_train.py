@@ -28,7 +28,7 @@ from pix2mass.train import (
     leave_one_group_out,
     load_encoder,
     pretrain,
-    shared_positions,
+    seen_before,
     train,
 )
 from pix2mass.train.fit import EpochSampler, is_whole
@@ -222,13 +222,26 @@ def test_changed_inputs_are_trained_on_and_a_stopped_retraining_leaves_nothing_m
     assert not list(folder.path.glob("fold-*"))
 
 
-def test_positions_seen_in_pretraining_are_counted(toy, pretrained, tmp_path):
-    catalog, store = toy
-    assert shared_positions(store, pretrained.read_json("pretrain.json")) == 90
-    other = catalog.copy()
-    other["ra_deg"] = (np.asarray(catalog["ra_deg"]) + np.where(np.arange(90) < 20, 0.0, 0.1)) % 360
-    moved = build(other, ToySource(GRID), tmp_path / "moved.zarr", GRID)
-    assert shared_positions(moved, store) == 20
+def test_clusters_seen_before_are_told_by_position_and_redshift():
+    here = {"ra_deg": [10.0, 359.999, 200.0, 50.0], "dec_deg": [0.0, 0.0, 60.0, 5.0], "z": [0.2, 0.3, 0.4, np.nan]}
+    there = {"ra_deg": [10.01, 0.001, 50.0], "dec_deg": [0.0, 0.0, 5.0], "z": [0.2, 0.31, 0.1]}
+    assert seen_before(here, there).tolist() == [True, True, False, True]
+    assert seen_before(here, there, 20.0, 0.05).tolist() == [False, True, False, True], "no redshift: by position"
+    assert seen_before(here, there, 60.0, 0.005).tolist() == [True, False, False, True]
+    assert not seen_before(here, {"ra_deg": [], "dec_deg": []}).any()
+
+
+def test_another_network_1_takes_network_2_of_the_old_one_away(pretrained, toy, tmp_path):
+    folder, lines = copy(pretrained, tmp_path / "run"), []
+    folder.announce = lines.append
+    train(toy[1], toy[0], folds(90), folder, TRAIN.model_copy(update={"epochs": 1}), 1)
+    pretrain(toy[1], folder, PRETRAIN, 1)
+    assert (folder / "fold-0.safetensors").exists(), "the same network 1"
+    pretrain(toy[1], folder, PRETRAIN.model_copy(update={"epochs": 1}), 5)
+    assert not (folder / "fold-0.safetensors").exists() and not (folder / "model.json").exists()
+    assert "train again" in lines[-1]
+    with pytest.raises(Pix2massError, match="training has not finished"):
+        Predictor(folder)
 
 
 def test_a_fold_without_clusters_is_named(pretrained, toy, tmp_path):
@@ -434,18 +447,37 @@ def test_units_of_l_star_need_redshifts(toy, tmp_path):
 
 
 def test_fine_tuning_starts_from_another_run(counting, toy, tmp_path):
-    catalog, store = toy
-    moved = catalog.copy()
+    moved = toy_catalog(23, 8, "other")
+    store = build(moved, ToySource(GRID), tmp_path / "other.zarr", GRID)
     moved["log10_m500c"] += 0.3
-    few = np.arange(0, 90, 4)
     tuned = GALAXIES.model_copy(update={"start_from": counting.path})
     masses = {}
     for name, config in (("alone", GALAXIES), ("tuned", tuned)):
         folder = RunFolder(tmp_path / name)
-        table = train(store, moved[few], folds(len(few)), folder, config, 1)
-        masses[name] = np.asarray(table["log10_m500c"]) - np.asarray(moved["log10_m500c_true"])[few]
+        table = train(store, moved, folds(len(moved)), folder, config, 1)
+        masses[name] = np.asarray(table["log10_m500c"]) - np.asarray(moved["log10_m500c_true"])
     assert masses["tuned"].mean() == pytest.approx(0.3, abs=0.1), "the labels' offset is learnt"
     assert masses["tuned"].std() < masses["alone"].std(), "and what 23 labels cannot teach is kept"
+
+
+def test_labels_that_trained_the_network_to_start_from_are_refused(counting, toy, tmp_path):
+    catalog, store = toy
+    tuned = GALAXIES.model_copy(update={"start_from": counting.path})
+    with pytest.raises(Pix2massError, match=r"trained on 90 of these 90 clusters \(toy-0, .*leave out start_from"):
+        train(store, catalog, folds(90), RunFolder(tmp_path / "again"), tuned, 1)
+    other = toy_catalog(30, 8, "other")
+    others = build(other, ToySource(GRID), tmp_path / "other.zarr", GRID)
+    second = RunFolder(tmp_path / "second")
+    train(others, other, folds(30), second, tuned, 1)
+    with pytest.raises(Pix2massError, match="trained on 90 of these 90 clusters"):
+        tuned = GALAXIES.model_copy(update={"start_from": second.path})
+        train(store, catalog, folds(90), RunFolder(tmp_path / "third"), tuned, 1)
+    real = catalog.copy()
+    real.remove_column("log10_m500c_true")
+    train(store, real, folds(90), RunFolder(tmp_path / "real"), tuned, 1)  # a mock cluster is no real one
+    with pytest.raises(Pix2massError, match="trained on 90 of these 90 clusters"):
+        tuned = GALAXIES.model_copy(update={"start_from": tmp_path / "real"})
+        train(store, real, folds(90), RunFolder(tmp_path / "fourth"), tuned, 1)
 
 
 def test_starting_from_what_does_not_fit_is_refused(counting, pretrained, toy, tmp_path):

@@ -17,6 +17,7 @@ from astropy.table import QTable, vstack
 
 from pix2mass.catalog import read_catalog, sky_folds, write_catalog
 from pix2mass.catalog.masses import MassDefinition, to_m500c
+from pix2mass.catalog.table import redshift_errors
 from pix2mass.config import BaselineConfig, BuildConfig, GridConfig, MockConfig, PretrainConfig, RunConfig, TrainConfig
 from pix2mass.distribute import Workers
 from pix2mass.evaluate import baselines, baselines_from, evaluate
@@ -47,7 +48,7 @@ from pix2mass.richness import (
 )
 from pix2mass.run import RunFolder, digest, write_atomic
 from pix2mass.store import ImageStore, Source, build
-from pix2mass.train import pretrain, shared_positions, train
+from pix2mass.train import pretrain, seen_before, train
 from pix2mass.types import Pix2massError
 
 
@@ -436,9 +437,11 @@ def evaluate_run(folder: RunFolder, store: ImageStore, seed: int, reporter: Repo
         shuffled = train(store, null, np.asarray(folds["fold"]), folder, config, seed, "null", progress)
     if [str(value) for value in out_of_fold["id"]] != [str(value) for value in catalog["id"]]:
         raise Pix2massError(f"{folder.path}: the training did not finish; run `pix2mass train` again")
-    # The network of galaxies needs no pretraining; a run may have gone without.
-    pretrained = folder.read_json("pretrain.json") if (folder / "pretrain.json").exists() else {}
-    seen = shared_positions(store, pretrained) if pretrained else 0
+    info = folder.read_json("model.json")
+    images = info.get("images_seen")
+    seen = int(seen_before(catalog, images).sum()) if images else None
+    # Features that came with another run's network were not trained here.
+    pretrained = folder.read_json("pretrain.json") if images and "started_from" not in info else {}
     with folder.stage("evaluate", digest(out_of_fold["log10_m500c"].tolist(), seed)):
         metrics, predictions = evaluate(
             catalog,
@@ -453,7 +456,7 @@ def evaluate_run(folder: RunFolder, store: ImageStore, seed: int, reporter: Repo
                 ],
                 **{name: pretrained[name] for name in ("band_accuracy", "band_confusion") if name in pretrained},
                 "labelled_seen_in_pretraining": seen,
-                "pretraining_saw_test_images": seen > 0,
+                "pretraining_saw_test_images": None if seen is None else seen > 0,
             },
         )
         write_catalog(predictions, folder / "predictions.ecsv")
@@ -538,10 +541,12 @@ def run(config: RunConfig, folder: RunFolder, workers: Workers, reporter: Report
     )
     trained = folder.stages["train"]["key"]
     outputs = [folder / "masses.ecsv"]
-    key = digest("predict", trained, survey.unlabelled_store.checksum)
+    z_err = redshift_errors(survey.unlabelled, "the unlabelled clusters")
+    key = digest("predict", trained, survey.unlabelled_store.checksum, z_err.tolist())
     if not folder.is_done("predict", key, *outputs):
         with folder.stage("predict", key), reporter("predicting unlabelled clusters") as progress:
-            write_catalog(predict(folder, survey.unlabelled_store, progress, workers), outputs[0])
+            masses = predict(folder, survey.unlabelled_store, progress, workers, z_err=z_err)
+            write_catalog(masses, outputs[0])
     evaluate_run(folder, survey.labelled_store, config.seed, reporter)
     if "log10_m500c_true" in survey.unlabelled.colnames:
         folder.write_json(

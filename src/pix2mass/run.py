@@ -31,6 +31,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -46,6 +47,15 @@ import tomli_w
 from pix2mass.config import C, Config, validate
 from pix2mass.types import Pix2massError
 
+_OF_NETWORK_2 = (
+    "model.json",
+    "train-out-of-fold.ecsv",
+    "predictions.ecsv",
+    "metrics.json",
+    "masses.ecsv",
+    "learning_curve.json",
+    "report.html",
+)
 _PACKAGES = ("pix2mass", "numpy", "astropy", "torch", "timm", "lightning", "captum", "zarr", "kcorrect")
 
 
@@ -206,6 +216,12 @@ class RunFolder:
             raise Pix2massError(f"{path}: no such weights; the run's training has not finished") from None
         except SafetensorError as error:
             raise Pix2massError(f"{path}: broken weights: {error}; train again or copy the run again") from None
+
+    def remove_network2(self) -> None:
+        """Remove what a training of network 2 left, and all that was made with it: wrong beside another network."""
+        for old in (*(self / name for name in _OF_NETWORK_2), *self.path.glob("fold-*.safetensors")):
+            old.unlink(missing_ok=True)
+        shutil.rmtree(self / "maps", ignore_errors=True)
 
     def write_config(self, **parts: Config | int | str | None) -> None:
         """Keep parts of the configuration as resolved: ``write_config(seed=1, train=...)``; None removes a part."""

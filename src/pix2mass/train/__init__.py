@@ -7,7 +7,7 @@ before, so that a killed and resumed training ends where an undisturbed one does
 from __future__ import annotations
 
 from pix2mass.train.blend import RichnessBlend
-from pix2mass.train.network1 import band_confusion, leave_one_group_out, load_encoder, pretrain, shared_positions
+from pix2mass.train.network1 import band_confusion, leave_one_group_out, load_encoder, pretrain, seen_before
 from pix2mass.train.network2 import train
 
 __all__ = [
@@ -16,6 +16,6 @@ __all__ = [
     "leave_one_group_out",
     "load_encoder",
     "pretrain",
-    "shared_positions",
+    "seen_before",
     "train",
 ]

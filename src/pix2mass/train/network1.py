@@ -33,7 +33,6 @@ from pix2mass.types import Pix2massError
 
 Parts = tuple[np.ndarray, np.ndarray]
 """Rows to train on, rows to choose the epoch by."""
-_SAME_POSITION = 1.0 * u.arcmin
 _MIN_BAND_COVERAGE = 0.5
 """Images of a band with less usable area than this take no part in pretraining."""
 
@@ -85,6 +84,10 @@ def pretrain(
         else:
             network = _train_matcher(store, parts, config, seed, checkpoints, progress)
             (folder / "band-head.safetensors").unlink(missing_ok=True)
+        made = folder.read_json("model.json") if (folder / "model.json").exists() else {}
+        if made.get("encoder") and "started_from" not in made:
+            folder.announce("another network 1: network 2 of the old one is removed, train again")
+            folder.remove_network2()
         folder.save_weights("encoder", network.encoder.state_dict())
         folder.write_json(
             "pretrain.json",
@@ -96,7 +99,7 @@ def pretrain(
                 "grid": store.grid.model_dump(mode="json"),
                 **facts,
                 "tested_on": "validation share" if test_store is None else f"{len(test_store)} other images",
-                "tested_images_seen": 0 if test_store is None else shared_positions(test_store, store),
+                "tested_images_seen": 0 if test_store is None else _n_seen(test_store, store, rows),
                 "n_images": len(rows),
                 "ra_deg": store.ra_deg[rows].tolist(),
                 "dec_deg": store.dec_deg[rows].tolist(),
@@ -308,17 +311,37 @@ def accuracy(confusion: np.ndarray) -> float:
     return float(np.trace(confusion) / max(1, confusion.sum()))
 
 
-def shared_positions(store: ImageStore, pretraining: ImageStore | Mapping[str, Any]) -> int:
-    """How many positions of a store were, within 1 arcmin, among those network 1 was trained on.
+def _n_seen(test_store: ImageStore, store: ImageStore, rows: np.ndarray) -> int:
+    return int(seen_before(places(test_store, np.arange(len(test_store))), places(store, rows)).sum())
+
+
+def seen_before(
+    here: Mapping[str, Any], there: Mapping[str, Any], within_arcsec: float = 60.0, z_within: float | None = None
+) -> np.ndarray:
+    """Which of some clusters (n,) are among others.
 
     Args:
-        store: the images to ask about.
-        pretraining: network 1's store, or ``pretrain.json`` of its run.
+        here: ``ra_deg``, ``dec_deg`` and, with ``z_within``, ``z``, each (n,).
+        there: the same of the others.
+        within_arcsec: distance up to which two are one.
+        z_within: difference in redshift up to which they are; where one is NaN, and if None, the position decides.
     """
-    seen = pretraining if isinstance(pretraining, Mapping) else vars(pretraining)
-    here = SkyCoord(store.ra_deg, store.dec_deg, unit="deg")
-    there = SkyCoord(np.asarray(seen["ra_deg"]), np.asarray(seen["dec_deg"]), unit="deg")
-    return len(np.unique(search_around_sky(here, there, _SAME_POSITION)[0]))
+    found = np.zeros(len(here["ra_deg"]), bool)
+    if not len(found) or not len(there["ra_deg"]):
+        return found
+    a, b = (SkyCoord(np.asarray(one["ra_deg"]), np.asarray(one["dec_deg"]), unit="deg") for one in (here, there))
+    first, second, *_ = search_around_sky(a, b, within_arcsec * u.arcsec)
+    if z_within is not None:
+        apart = np.abs(np.asarray(here["z"], float)[first] - np.asarray(there["z"], float)[second])
+        first = first[~(apart > z_within)]
+    found[first] = True
+    return found
+
+
+def places(store: ImageStore, rows: np.ndarray) -> dict[str, list[float]]:
+    """``ra_deg``, ``dec_deg`` and ``z`` of some rows of a store, for :func:`seen_before`."""
+    values = {"ra_deg": store.ra_deg, "dec_deg": store.dec_deg, "z": store.z}
+    return {name: column[rows].tolist() for name, column in values.items()}
 
 
 def load_encoder(folder: RunFolder) -> Encoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from pix2mass.run import RunFolder, digest
 from pix2mass.store import ImageStore
 from pix2mass.store.image_store import describe
 from pix2mass.train.fit import PREDICT_BATCH, Progress, as_tensors, fit, loader, split
+from pix2mass.train.network1 import places, seen_before
 from pix2mass.trust import Reference, image_statistics
 from pix2mass.types import Pix2massError
 from pix2mass.weights import open_run
@@ -40,15 +41,9 @@ _SCALER_SAMPLE = 128
 """Training clusters from which the scale of the features is taken."""
 _FORMAT = 1
 """Of what training leaves; raised where predictions need something new of it, so that "train again" does so."""
-_OF_WEIGHTS = (
-    "model.json",
-    "predictions.ecsv",
-    "metrics.json",
-    "masses.ecsv",
-    "learning_curve.json",
-    "report.html",
-)
-"""Files of a run that are of its weights, and wrong beside others; maps too."""
+_SAME = {"mock sky": (1.0, 1e-4), "real observations": (60.0, 0.05)}
+"""Distance, arcsec, and difference in redshift up to which two clusters are one, by what they are: mock ones have one
+catalogue, real ones several."""
 
 
 class _Labelled:
@@ -113,6 +108,9 @@ def train(
             "--use-redshift, or pretrain with --units noise"
         )
     data = _Labelled(store, catalog, config.use_redshift)
+    kind = "mock sky" if "log10_m500c_true" in catalog.colnames else "real observations"
+    trained_on = places(store, data.rows)
+    start.refuse_seen(data.ids, trained_on, kind)
     in_data = {cluster_id: index for index, cluster_id in enumerate(data.ids)}
     fold = np.array([fold[i] for i, cluster_id in enumerate(catalog["id"]) if str(cluster_id) in in_data], dtype=int)
     key = digest(
@@ -144,9 +142,7 @@ def train(
         raise Pix2massError(f"fold {min(empty)} has no cluster with a mass and usable pixels; use fewer folds")
     with folder.stage(name, key) as facts:
         if name == "train":  # what an earlier training left must not be taken for this one's
-            for old in (table_path, *(folder / file for file in _OF_WEIGHTS), *folder.path.glob("fold-*.safetensors")):
-                old.unlink(missing_ok=True)
-            shutil.rmtree(folder / "maps", ignore_errors=True)
+            folder.remove_network2()
         train_folds = _train_bands if config.network == "bands" else _train_described
         mean, sigma = train_folds(start, store, data, fold, config, seed, checkpoints, progress)
         known = (mean, sigma, data.z, data.label, data.label_err)
@@ -186,7 +182,10 @@ def train(
                     "min_coverage": min(1.0 if blind_to_edges else 0.5, float(covered.min())),
                     "prior": "the distribution of the training labels",
                     "reference": Reference.fit(statistics, data.z, as_predicted).as_json(),
-                    "trained_on": "mock sky" if "log10_m500c_true" in catalog.colnames else "real observations",
+                    "trained_on": kind,
+                    # For those who start from this network.
+                    "labels_seen": start.labels_with(trained_on, kind),
+                    "images_seen": start.images_seen,
                 },
             )
         facts["folds"] = n_folds
@@ -215,6 +214,8 @@ class _Start:
         weights: of the whole network 2, or of its encoder alone; None starts from random ones.
         whole: whether they are the whole network's, scaler included.
         key: digest of where they come from.
+        labels_seen: what they are -> ``ra_deg``, ``dec_deg`` and ``z`` of the clusters whose labels have trained them.
+        images_seen: ``ra_deg`` and ``dec_deg`` of the images that have trained the features; None where none are used.
     """
 
     info: dict[str, Any]
@@ -222,6 +223,8 @@ class _Start:
     weights: dict[str, Tensor] | None
     whole: bool
     key: str | None
+    labels_seen: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    images_seen: dict[str, list[float]] | None = None
 
     @classmethod
     def of(cls, config: TrainConfig, folder: RunFolder, store: ImageStore) -> _Start:
@@ -250,7 +253,8 @@ class _Start:
                 "ensemble_size": made.get("ensemble_size", 1),
                 "started_from": f"{made['calibration']['n']} clusters, {made['trained_on']}",
             }
-            return cls(info, store.grid, weights, True, digest(_fingerprint(weights)))
+            seen = made.get("labels_seen", {}), made.get("images_seen")
+            return cls(info, store.grid, weights, True, digest(_fingerprint(weights)), *seen)
         if config.network == "galaxies":
             return cls(info, store.grid, None, False, None)
         if config.from_scratch and not (folder / "pretrain.json").exists():
@@ -262,7 +266,29 @@ class _Start:
             return cls(info, store.grid, None, False, key)
         _same_bands(pretrained["bands"], store, f"{folder.path}: network 1 was")
         _same_grid(pretrained["grid"], store, f"{folder.path}: network 1 was")
-        return cls(info, store.grid, folder.load_weights("encoder"), False, key)
+        images = {name: pretrained[name] for name in ("ra_deg", "dec_deg")}
+        return cls(info, store.grid, folder.load_weights("encoder"), False, key, images_seen=images)
+
+    def labels_with(self, trained_on: dict[str, list[float]], kind: str) -> dict[str, dict[str, list[float]]]:
+        """``labels_seen`` and those of one more training."""
+        before = self.labels_seen.get(kind, {})
+        both = {name: [*before.get(name, []), *values] for name, values in trained_on.items()}
+        return {**self.labels_seen, kind: both}
+
+    def refuse_seen(self, ids: np.ndarray, clusters: dict[str, list[float]], kind: str) -> None:
+        """That no cluster has trained the weights before: its out-of-fold mass would come from a network that knows it,
+        and no fold would tell.
+
+        Raises:
+            Pix2massError: some have.
+        """
+        seen = seen_before(clusters, self.labels_seen[kind], *_SAME[kind]) if kind in self.labels_seen else None
+        if seen is not None and seen.any():
+            raise Pix2massError(
+                f"the network to start from was trained on {int(seen.sum())} of these {len(ids)} clusters "
+                f"({', '.join(ids[seen][:5])}), so its masses of them are not out of fold: leave out start_from, or "
+                "start from a network trained on other clusters, as that one was"
+            )
 
     def regressor(self, seed: int) -> Regressor:
         """A network 2 with these weights, the others random."""
