@@ -83,6 +83,13 @@ def test_measured_scatter_is_the_propagated_sigma(tmp_path):
     assert np.std(result.flux / result.sigma) == pytest.approx(1.0, abs=0.06)
 
 
+def test_a_very_near_cluster_is_made_without_filling_the_memory(archive):
+    near = cutout(archive, {**CLUSTER, "z": 0.004}, GridConfig(bands="gri"))
+    assert near.pixel_scale_arcsec > 370.0 and near.flags == Flag.OUTSIDE  # a frame one arcmin wide fills no pixel
+    with pytest.raises(Pix2massError, match="cluster c1: z: expected a redshift at which"):
+        cutout(archive, {**CLUSTER, "z": 1e-6}, GridConfig(bands="gri"))
+
+
 def test_without_photo_field_sigma_is_approximate_and_follows_the_tables(archive):
     exact = cutout(archive)
     (archive / "dr12/boss/photoObj/301/3000/photoField-003000-2.fits").unlink()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from reproject import reproject_exact
 from scipy.ndimage import gaussian_filter
 
+import pix2mass.images.overlap as overlap_module
 from pix2mass.config import GridConfig
 from pix2mass.images.grid import (
     MAX_POSITION_ERROR_PX,
@@ -43,6 +44,12 @@ def test_scale_of_a_physical_and_of_an_angular_grid():
 def test_unusable_redshift_is_refused(z):
     with pytest.raises(Pix2massError, match="redshift above 0"):
         pixel_scale_arcsec(GridConfig(), z)
+
+
+def test_redshift_so_small_that_the_cutout_would_span_the_sky_is_refused():
+    assert pixel_scale_arcsec(GridConfig(), 0.001) == pytest.approx(2000 / 0.0207 / 64, rel=1e-2)
+    with pytest.raises(Pix2massError, match="2000 kpc span at most 90 degrees, got 1e-05"):
+        pixel_scale_arcsec(GridConfig(), 1e-5)
 
 
 def test_position_from_dict_and_row_and_what_is_refused():
@@ -182,6 +189,51 @@ def test_mirrored_and_stretched_images_agree_with_reproject_exact(scale):
     exact = exact * (scale / NATIVE) ** 2 / 1.3
     assert (coverage == 1.0).all()
     assert np.std(out - exact) < 0.005 * np.std(exact)
+
+
+@pytest.mark.parametrize("scale", [60.0, 150.0, 600.0])
+@pytest.mark.parametrize("angle", [0.0, 33.0])
+def test_very_coarse_grids_conserve_flux_exactly_and_agree_with_reproject(scale, angle):
+    shape = (500, 700)
+    source_wcs = frame_wcs(RA, DEC, shape, angle)
+    source_wcs.wcs.cd = source_wcs.wcs.cd @ np.diag([-1.0, 1.1])
+    flux = np.random.default_rng(5).exponential(size=shape) ** 4  # sharp: most of the light is in few pixels
+    n_pixels = math.ceil(420 / scale) + 2
+    wcs = target_wcs(RA, DEC, scale, n_pixels)
+    out, variance, coverage = resample(flux, np.ones(shape), None, source_wcs, wcs, n_pixels)
+    assert (out * coverage).sum(dtype=float) == pytest.approx(flux.sum(), rel=1e-6)
+    exact = reproject_exact((flux, source_wcs), wcs, (n_pixels, n_pixels), return_footprint=False)
+    exact = exact * (scale / NATIVE) ** 2 / 1.1
+    whole = coverage == 1.0
+    assert whole.any() == (scale < 300.0)
+    assert out[whole] == pytest.approx(exact[whole], rel=1e-4)
+    assert variance[whole] == pytest.approx((scale / NATIVE) ** 2 / 1.1, rel=0.02)
+    mask = np.zeros(shape, bool)
+    mask[200:230, 300:340] = True
+    less = resample(np.where(mask, np.nan, flux), np.ones(shape), mask, source_wcs, wcs, n_pixels)
+    assert (less[0] * less[2]).sum(dtype=float) == pytest.approx(flux[~mask].sum(), rel=1e-6)
+    assert (coverage - less[2]).sum() * (scale / NATIVE) ** 2 / 1.1 == pytest.approx(1200.0, rel=1e-3)
+
+
+def test_with_and_without_a_table_of_overlaps_the_same_comes_out(monkeypatch):
+    source_wcs = frame_wcs(RA, DEC, (300, 400), 20.0)
+    flux = gaussian_filter(np.random.default_rng(1).normal(size=(300, 400)), 1.5) + 1.0
+    wcs = target_wcs(RA, DEC, 15 * NATIVE, 32)
+    mask = flux > 1.3
+    table = resample(flux, np.ones(flux.shape), mask, source_wcs, wcs, 32)
+    monkeypatch.setattr(overlap_module, "_TABLE_WIDTH_PX", 10)
+    covered = table[2] > 0.3
+    for one, other in zip(table, resample(flux, np.ones(flux.shape), mask, source_wcs, wcs, 32), strict=True):
+        assert np.abs(one - other)[covered].max() < 2e-3 * one[covered].max()
+
+
+def test_tables_of_overlaps_that_are_kept_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(overlap_module, "_KEPT_BYTES", 2 << 20)
+    tables = [overlap_module.overlaps(np.eye(2) * scale) for scale in np.linspace(5.0, 9.0, 12)]
+    kept = [one for one in tables if any(one is other for other in overlap_module._kept.values())]
+    assert 1 < len(kept) < 12 and kept[-1] is tables[-1]
+    assert sum(one.table.nbytes for one in overlap_module._kept.values()) <= 2 << 20
+    assert overlap_module.overlaps(np.eye(2) * 9.0) is tables[-1]
 
 
 def test_pixel_places_are_those_of_astropy():

@@ -22,7 +22,7 @@ ACCEPTED_UNITS = ("nanomaggy", "nanomaggies", "nmgy", "nmaggy", "nanomaggy/pixel
 """Values of BUNIT that are taken as nanomaggies per pixel, in any case; a file without BUNIT is believed."""
 
 MAX_PIXELS_ACROSS = 500
-"""An image with more pixels than this along one pixel of the cutout is refused: its regridding fills the memory."""
+"""An image with more pixels than this along one pixel of the cutout is refused: its WCS is most likely wrong."""
 
 _NOISE_EXTENSIONS = ("SIGMA", "IVAR", "INVVAR")
 _RADESYS = {"J2000": "FK5", "J2000.0": "FK5", "ICRF": "ICRS"}

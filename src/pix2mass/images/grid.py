@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from pix2mass.config import GridConfig
 from pix2mass.cosmology import kpc_per_arcsec
-from pix2mass.images.overlap import gather, overlaps
+from pix2mass.images.overlap import gather, gather_wide, is_wide, overlaps
 from pix2mass.types import Pix2massError
 
 ClusterRow: TypeAlias = Mapping[str, Any] | Row
@@ -28,6 +28,9 @@ ClusterRow: TypeAlias = Mapping[str, Any] | Row
 
 MIN_COVERAGE = 0.5
 """A target pixel with less than this share of its area under usable source pixels is to be masked."""
+
+MAX_WIDTH_DEG = 90.0
+"""A physical width that spans more than this is refused: a tangent plane cannot show it."""
 
 MAX_POSITION_ERROR_PX = 0.02
 """Largest departure of the local affine from the exact WCS, in source pixels; regions that exceed it are halved."""
@@ -92,7 +95,8 @@ def pixel_scale_arcsec(grid: GridConfig, z: float) -> float:
         z: redshift, above 0 where the grid's width is in kpc.
 
     Raises:
-        Pix2massError: the grid needs a redshift and ``z`` is not a positive number.
+        Pix2massError: the grid needs a redshift and ``z`` is not a positive number, or so small that the cutout spans
+            more than ``MAX_WIDTH_DEG``.
     """
     if grid.width_arcsec is not None:
         return grid.width_arcsec / grid.n_pixels
@@ -102,6 +106,12 @@ def pixel_scale_arcsec(grid: GridConfig, z: float) -> float:
             "correct the catalogue, or give the width in arcsec (--width-arcsec)"
         )
     assert grid.width_kpc is not None
+    width_arcsec = float(grid.width_kpc / kpc_per_arcsec(z))
+    if not width_arcsec <= MAX_WIDTH_DEG * 3600.0:
+        raise Pix2massError(
+            f"z: expected a redshift at which {grid.width_kpc:g} kpc span at most {MAX_WIDTH_DEG:g} degrees, got "
+            f"{z:g} ({width_arcsec / 3600.0:.3g}); correct the catalogue, or give the width in arcsec (--width-arcsec)"
+        )
     return float(grid.width_kpc / kpc_per_arcsec(z) / grid.n_pixels)
 
 
@@ -263,10 +273,11 @@ def regrid(pixels: np.ndarray, source_wcs: WCS, target_wcs: WCS, n_pixels: int) 
     """Regrid flux and variance in one pass.
 
     A source pixel is a square of even surface brightness. A target pixel gets from it the share of its flux that lies
-    under the target pixel: the overlap of the two polygons, from a table of exact overlaps (see ``overlap``). Places
-    come from a local affine derived from the two WCS. The shares of a target pixel sum to its area, so a flat image
-    stays flat. The variance of a target pixel is the sum of share^2 times source variance. Bad pixels: a target pixel's
-    flux is that of its usable part, scaled to its full area.
+    under the target pixel: the overlap of the two polygons, from a table of exact overlaps or, for target pixels more
+    than 128 source pixels wide, worked out one by one (see ``overlap``). Places come from a local affine derived from
+    the two WCS. The shares of a target pixel sum to its area, so a flat image stays flat. The variance of a target
+    pixel is the sum of share^2 times source variance. Bad pixels: a target pixel's flux is that of its
+    usable part, scaled to its full area.
 
     Neighbouring target pixels share the source pixels on their border, so their noise is correlated. With s the size
     of a source pixel over that of a target pixel (s <= 1) and unrelated grids, the correlation coefficient with each of
@@ -292,7 +303,11 @@ def regrid(pixels: np.ndarray, source_wcs: WCS, target_wcs: WCS, n_pixels: int) 
             else:
                 middle = (col0 + col1) // 2
                 tiles += [(row0, row1, col0, middle), (row0, row1, middle, col1)]
-        elif math.isfinite(affine.error_px):
+        elif not math.isfinite(affine.error_px):
+            continue
+        elif is_wide(affine.matrix):
+            gather_wide(pixels, affine.matrix, affine.offset + 0.5, tile, *out)
+        else:
             table = overlaps(affine.matrix)
             offset = affine.offset + 0.5 + table.corner
             gather(pixels, affine.matrix, offset, tile, *table[:3], table.total, *out)

@@ -6,8 +6,9 @@ all processors that have it, which are those made since 2013.
 
 from __future__ import annotations
 
-import functools
 import math
+import threading
+from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,13 @@ _CELLS = (24, 192)
 _MATRIX_STEP_PX = 1.0 / 256.0
 """The corners of a target pixel are rounded to this share of a source pixel, and its area then set right: bands of one
 field and cutouts of one field share their table of overlaps."""
+
+_TABLE_WIDTH_PX = 128
+"""Where a target pixel is wider than this many source pixels, the table would fill the memory (113 MB at this width):
+overlaps are then worked out one by one, as each source pixel lies under hardly more than one target pixel."""
+
+_KEPT_BYTES = 256 << 20
+"""Of the tables used last, those that together take no more than this are kept."""
 
 _BLOCK = 16
 """Target pixels on a side of a block that is done at once: its source pixels stay in the processor's cache."""
@@ -55,10 +63,32 @@ def overlaps(matrix: np.ndarray) -> Overlaps:
         matrix: (2, 2) from target pixels (x, y) to source pixels (x, y).
     """
     step = min(1.0, 2.0 ** math.ceil(math.log2(np.abs(matrix).max()))) * _MATRIX_STEP_PX
-    return _overlaps(*(round(value / step) * step for value in matrix.ravel().tolist()))
+    key = tuple(round(value / step) * step for value in matrix.ravel().tolist())
+    with _kept_lock:
+        if key in _kept:
+            _kept.move_to_end(key)
+            return _kept[key]
+    found = _overlaps(*key)
+    with _kept_lock:
+        _kept[key] = found
+        while len(_kept) > 1 and sum(one.table.nbytes for one in _kept.values()) > _KEPT_BYTES:
+            _kept.popitem(last=False)
+    return found
 
 
-@functools.lru_cache(maxsize=16)
+_kept: OrderedDict[tuple[float, ...], Overlaps] = OrderedDict()
+_kept_lock = threading.Lock()
+
+
+def is_wide(matrix: np.ndarray) -> bool:
+    """Whether a target pixel is so many source pixels wide that ``gather_wide`` takes the place of ``gather``.
+
+    Args:
+        matrix: (2, 2) from target pixels (x, y) to source pixels (x, y).
+    """
+    return float(np.abs(matrix).sum(axis=1).max()) > _TABLE_WIDTH_PX
+
+
 def _overlaps(xx: float, xy: float, yx: float, yy: float) -> Overlaps:
     width, height = abs(xx) + abs(xy), abs(yx) + abs(yy)
     least = min(max(math.ceil(_CELLS_PER_TARGET / max(width, height)), _CELLS[0]), _CELLS[1])
@@ -104,10 +134,17 @@ def _area_below(x, y, corner_x, corner_y):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _overlap_table(xx, xy, yx, yy, cells, height, width):
+def _corners(xx, xy, yx, yy):
+    """Corners of a target pixel about its centre, in source pixels, anticlockwise."""
     side = 1.0 if xx * yy - xy * yx > 0.0 else -1.0  # a mirrored grid would list the corners clockwise
     corner_x = 0.5 * np.array([-xx - side * xy, xx - side * xy, xx + side * xy, -xx + side * xy])
     corner_y = 0.5 * np.array([-yx - side * yy, yx - side * yy, yx + side * yy, -yx + side * yy])
+    return corner_x, corner_y
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _overlap_table(xx, xy, yx, yy, cells, height, width):
+    corner_x, corner_y = _corners(xx, xy, yx, yy)
     low_x, low_y = corner_x.min(), corner_y.min()
     # Where the lowest corner is p / cells into its source pixel, edges of source pixels lie at k - p / cells from it.
     below = np.empty(((height + 1) * cells + 1, (width + 1) * cells + 1))
@@ -226,6 +263,63 @@ def gather(pixels, matrix, offset, tile, table, begin, end, total, flux, varianc
                         up = scale * whole / usable
                         flux[r, c], variance[r, c] = f * up, v * up * up
                         coverage[r, c] = usable / whole
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def gather_wide(pixels, matrix, offset, tile, flux, variance, coverage, footprint):
+    """``gather`` for target pixels many source pixels wide: exact overlaps, without a table.
+
+    Args:
+        pixels: see ``gather``.
+        matrix: see ``gather``.
+        offset: (2,) x and y of the centre of target pixel (0, 0), in source pixels counted from the first one's lowest
+            edge.
+        tile: see ``gather``.
+        flux: see ``gather``.
+        variance: see ``gather``.
+        coverage: see ``gather``.
+        footprint: see ``gather``.
+    """
+    rows, cols = pixels.shape[0], pixels.shape[1]
+    corner_x, corner_y = _corners(matrix[0, 0], matrix[0, 1], matrix[1, 0], matrix[1, 1])
+    whole = abs(matrix[0, 0] * matrix[1, 1] - matrix[0, 1] * matrix[1, 0])
+    # Areas below the lower and the upper edge of a row of source pixels.
+    lower, upper = np.empty(cols + 1), np.empty(cols + 1)
+    for r in range(tile[0], tile[1]):
+        for c in range(tile[2], tile[3]):
+            x = offset[0] + matrix[0, 0] * c + matrix[0, 1] * r
+            y = offset[1] + matrix[1, 0] * c + matrix[1, 1] * r
+            low_x, high_x = math.floor(x + corner_x.min()), math.ceil(x + corner_x.max())
+            low_y, high_y = math.floor(y + corner_y.min()), math.ceil(y + corner_y.max())
+            first_col, last_col = int(max(low_x, 0)), int(min(high_x, cols))
+            first_row, last_row = int(max(low_y, 0)), int(min(high_y, rows))
+            f = v = inside = bad = 0.0
+            if first_col < last_col:
+                for row in range(first_row, last_row + 1):
+                    lower, upper = upper, lower
+                    for col in range(first_col, last_col + 1):
+                        upper[col] = _area_below(col - x, row - y, corner_x, corner_y)
+                    if row == first_row:
+                        continue
+                    for col in range(first_col, last_col):
+                        share = (upper[col + 1] - lower[col + 1]) - (upper[col] - lower[col])
+                        if not share > 1e-9:
+                            continue
+                        inside += share
+                        if pixels[row - 1, col, 1] >= 0.0:
+                            f += share * pixels[row - 1, col, 0]
+                            v += share * share * pixels[row - 1, col, 1]
+                        else:
+                            bad += share
+            if low_x >= 0 and low_y >= 0 and high_x <= cols and high_y <= rows:
+                inside = whole  # all of it, whatever was lost in rounding
+            usable = inside - bad
+            footprint[r, c] = min(inside / whole, 1.0)
+            if usable < 1e-6 * whole:
+                flux[r, c] = variance[r, c] = coverage[r, c] = 0.0
+            else:
+                flux[r, c], variance[r, c] = f * whole / usable, v * (whole / usable) ** 2
+                coverage[r, c] = min(usable / whole, 1.0)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
