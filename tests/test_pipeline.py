@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import warnings
 
 import numpy as np
@@ -158,3 +159,24 @@ def test_mock_files_of_two_surveys_do_not_mix(tmp_path, monkeypatch):
         with pytest.raises(Pix2massError, match="another mock survey lies here.*choose another --out"):
             pipeline.write_mock_files(config, grid, seed, tmp_path, "cutouts", InProcess(), silent)
     assert (tmp_path / "labelled" / "L000000-r.fits").read_bytes() == before
+
+
+def test_catalogues_of_another_mock_survey_are_not_kept_beside_new_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "measure_richness", lambda *_: None)
+    config, grid = MockConfig(n_labelled=20, n_unlabelled=20), GridConfig(n_pixels=16)
+    made = pipeline.make_mock(config, grid, 1, tmp_path, InProcess(), silent)
+    (tmp_path / "survey.json").unlink()  # as versions before this one left it
+    again = pipeline.make_mock(config, grid, 1, tmp_path, InProcess(), silent)
+    assert again.labelled_store.checksum == made.labelled_store.checksum
+    with pytest.raises(Pix2massError, match="another mock survey lies here.*survey.json.*choose another --out"):
+        pipeline.make_mock(config, grid, 2, tmp_path, InProcess(), silent)
+    for name in ("labelled.zarr", "unlabelled.zarr"):
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(Pix2massError, match="another mock survey lies here"):
+        pipeline.make_mock(config.model_copy(update={"log10_m500c_min": 14.5}), grid, 1, tmp_path, InProcess(), silent)
+    again = pipeline.make_mock(config, grid, 1, tmp_path, InProcess(), silent)
+    assert again.labelled_store.checksum == made.labelled_store.checksum
+    (tmp_path / "survey.json").unlink()
+    shutil.rmtree(tmp_path / "labelled.zarr")
+    with pytest.raises(Pix2massError, match="another mock survey lies here.*labelled.ecsv"):
+        pipeline.make_mock(config, grid, 1, tmp_path, InProcess(), silent)

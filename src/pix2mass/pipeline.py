@@ -194,10 +194,15 @@ def make_mock(
         config: of the mock sky.
         grid: of the cutouts.
         seed: same seed, same bytes.
-        out: folder; gets ``labelled.ecsv``, ``unlabelled.ecsv``, ``labelled.zarr``, ``unlabelled.zarr``.
+        out: folder; gets ``survey.json`` (settings and seed), ``labelled.ecsv``, ``unlabelled.ecsv``,
+            ``labelled.zarr``, ``unlabelled.zarr``.
         workers: make the cutouts.
         reporter: shows progress.
+
+    Raises:
+        Pix2massError: another survey lies there.
     """
+    _check_same_survey(config, seed, out)
     source = MockSource(config, grid, seed)
     made = {}
     for kind, n in (("labelled", config.n_labelled), ("unlabelled", config.n_unlabelled)):
@@ -268,10 +273,19 @@ def write_mock_files(
 def _check_same_survey(config: MockConfig, seed: int, out: Path) -> None:
     """That the folder holds nothing yet, or files of this survey, on which a killed command goes on."""
     path, survey = out / "survey.json", {"seed": seed, "config": config.model_dump(mode="json")}
-    if path.exists() and json.loads(path.read_text()) != survey:
+    if path.exists():
+        before = json.loads(path.read_text())
+    elif (out / "labelled.ecsv").exists():
+        path, before = out / "labelled.ecsv", None  # only images that were made with the catalogue can vouch for it
+        with contextlib.suppress(Pix2massError):
+            made = ImageStore.open(out / "labelled.zarr").provenance
+            before = {name: made.get(name) for name in survey}
+    else:
+        before = survey
+    if before != survey:
         raise Pix2massError(f"{out}: another mock survey lies here (see {path}); remove it or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(survey, indent=2) + "\n")
+    write_atomic(out / "survey.json", json.dumps(survey, indent=2) + "\n")
 
 
 def draw_frames(
