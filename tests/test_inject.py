@@ -214,6 +214,9 @@ def test_the_same_call_goes_on_and_other_settings_do_not_mix(folders):
     assert all(path.read_bytes() == data for path, data in files.items())
     with pytest.raises(Pix2massError, match="another catalogue, seed or configuration"):
         inject_frames(base, QTable([CLUSTER]), CONFIG, SEED + 1, out, GRID)
+    for more in ({"ebv": 0.5}, {"ra_deg_true": CLUSTER["ra_deg"] + 0.001, "dec_deg_true": CLUSTER["dec_deg"]}):
+        with pytest.raises(Pix2massError, match="another catalogue, seed or configuration"):
+            inject_frames(base, QTable([{**CLUSTER, **more}]), CONFIG, SEED, out, GRID)
 
 
 def test_mistakes_are_explained(folders, tmp_path):

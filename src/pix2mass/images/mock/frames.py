@@ -501,7 +501,8 @@ def claim_folder(out: Path, truth: QTable, settings: dict[str, Any]) -> None:
         Pix2massError: the folder holds frames made from something else.
     """
     columns = {}
-    for name in ("id", "ra_deg", "dec_deg", "z", "log10_m500c_true", "richness_true"):
+    optional = [name for name in ("ra_deg_true", "dec_deg_true", "ebv") if name in truth.colnames]
+    for name in ("id", "ra_deg", "dec_deg", "z", "log10_m500c_true", "richness_true", *optional):
         column = np.ma.asarray(truth[name])
         columns[name] = np.ma.filled(column, np.nan).tolist() if column.dtype.kind == "f" else list(map(str, column))
     digest = hashlib.blake2b(json.dumps(columns).encode(), digest_size=16).hexdigest()
