@@ -300,3 +300,34 @@ def test_a_band_that_is_missing_is_not_missed_where_it_is_not_wanted(tmp_path):
     store.seal()
     store = ImageStore.open(tmp_path / "s.zarr")
     assert [int(store.with_bands(bands).flags[0]) for bands in ("gr", "ri")] == [0, int(Flag.MISSING_BAND)]
+
+
+def test_a_kept_band_that_is_missing_in_part_is_still_missed(tmp_path):
+    catalog = toy_catalog(3, 1)[:3]
+    masked = {"toy-0": ("u", slice(None)), "toy-1": ("g", slice(8, 16)), "toy-2": ("gri", slice(8, 16))}
+
+    class Frames(ToySource):
+        """As frames give them where those of a band are not there."""
+
+        def cutout(self, cluster):
+            whole = super().cutout(cluster)
+            mask = np.zeros_like(whole.mask)
+            bands, cols = masked[str(cluster["id"])]
+            for band in set(bands) & set(whole.bands):
+                mask[whole.bands.index(band), :, cols] = True
+            lacking = (mask.any(axis=0) & ~mask.all(axis=0)).any()
+            flags = Flag.MISSING_BAND if lacking else Flag.PARTLY_OUTSIDE if mask.any() else Flag(0)
+            return replace(
+                whole, flux=np.where(mask, 0, whole.flux), sigma=np.where(mask, 0, whole.sigma), mask=mask, flags=flags
+            )
+
+    stores = {}
+    for bands in ("ugri", "gri"):
+        grid = GridConfig(bands=bands, n_pixels=16)
+        stores[bands] = build(catalog, Frames(grid), tmp_path / f"{bands}.zarr", grid, {"frames": "/data/sas"})
+    view = stores["ugri"].with_bands("gri")
+    assert (stores["ugri"].flags[:3] == int(Flag.MISSING_BAND)).all()
+    # The third lies at the edge of its kept bands, which is no lack of a band; u reaches further.
+    assert (view.flags & int(Flag.MISSING_BAND)).tolist() == (stores["gri"].flags & int(Flag.MISSING_BAND)).tolist()
+    assert (view.flags & int(Flag.MISSING_BAND) != 0).tolist() == [False, True, False]
+    assert view[1].flags & Flag.MISSING_BAND and not stores["ugri"].with_bands("ri").flags[1]

@@ -210,9 +210,18 @@ class ImageStore:
         view._header = self._header | {"grid": self._header["grid"] | {"bands": bands}}
         view.grid = self.grid.model_copy(update={"bands": bands})
         view.noise, view.psf_fwhm_arcsec = self.noise[:, index], self.psf_fwhm_arcsec[:, index]
-        complete = np.isfinite(view.noise).all(axis=1)
-        view.flags = np.where(complete, self.flags & ~int(Flag.MISSING_BAND), self.flags)
+        flagged = np.flatnonzero(self.flags & int(Flag.MISSING_BAND)).tolist()
+        complete = [row for row in flagged if np.isfinite(view.noise[row]).all() and not view._lacks_part(row)]
+        view.flags = self.flags.copy()
+        view.flags[complete] &= ~int(Flag.MISSING_BAND)
         return view
+
+    def _lacks_part(self, row: int) -> bool:
+        """Whether a band of a row flagged MISSING_BAND has no pixels where another has."""
+        if not self.provenance.get("frames"):
+            return False  # other sources mean bands without any pixels; their masks have holes for other reasons
+        mask = self._read("mask", np.array([row]))[0] != 0
+        return bool((mask.any(axis=0) & ~mask.all(axis=0)).any())
 
     # ---- writing -----------------------------------------------------------------------------------------------
 
