@@ -283,6 +283,19 @@ def test_what_is_written_is_read_back(tmp_path):
         assert WCS(hdus[0].header).pixel_to_world_values(19.5, 19.5) == pytest.approx((RA, DEC))
 
 
+def test_flags_of_bands_that_are_not_read_are_not_read_back(tmp_path):
+    shape = (3, 40, 40)
+    mask = np.zeros(shape, bool)
+    mask[0] = True
+    ones = np.where(mask, 0, 1).astype(np.float32)
+    flags = Flag.MISSING_BAND | Flag.PARTLY_OUTSIDE | Flag.SATURATED
+    write_cutout(
+        Cutout(ones, ones, mask, "ugr", RA, DEC, 0.8, np.ones(3), flags), "A-1", f"{tmp_path}/{{id}}-{{band}}.fits"
+    )
+    assert cutout(tmp_path).flags == Flag.SATURATED
+    assert cutout(tmp_path, grid=GRID.model_copy(update={"bands": "ugr"})).flags == flags
+
+
 def test_an_id_cannot_lead_out_of_the_folder_when_written(tmp_path):
     cutout = Cutout(*np.zeros((2, 1, 8, 8), np.float32), np.zeros((1, 8, 8), bool), "r", RA, DEC, 1.0, np.ones(1))
     with pytest.raises(Pix2massError, match="without '/'"):

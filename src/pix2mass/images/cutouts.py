@@ -171,6 +171,12 @@ class CutoutSource:
             cutout.sigma[k] = np.where(usable, np.sqrt(variance), 0.0)
             cutout.mask[k] = ~usable
             cutout.psf_fwhm_arcsec[k] = image.psf_fwhm_arcsec
+        # CUTFLAGS are about all bands that were written: here some may be left out.
+        flags &= ~Flag.OUTSIDE
+        if not (cutout.mask.any(axis=0) & ~cutout.mask.all(axis=0)).any():
+            flags &= ~Flag.MISSING_BAND
+        if not cutout.mask.any():
+            flags &= ~Flag.PARTLY_OUTSIDE
         if cutout.mask.all():
             flags = (flags & (Flag.UNREADABLE | Flag.BAD_PIXELS)) | Flag.OUTSIDE
             return empty_cutout(bands, n_pixels, position.ra_deg, position.dec_deg, scale, flags)
