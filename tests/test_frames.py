@@ -419,6 +419,18 @@ def test_noise_of_a_frame_follows_its_sky_and_calibration():
     assert exposure.typical_variance == pytest.approx(np.median(variance[~bad]), rel=0.1)
 
 
+def test_files_beside_the_frames_do_not_hide_them(archive):
+    expected = FrameIndex.from_base(archive).table
+    for path in sorted((archive / FRAMES_FOLDER).rglob("frame-*.fits.bz2")):
+        for more in (".md5", ".part", ".aria2"):
+            path.with_name(path.name + more).write_text("no frame")
+        path.with_name(path.name.removesuffix(".bz2") + ".tmp").write_text("no frame")
+        path.with_name("frame-r-" + path.name).write_text("no frame")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert FrameIndex.from_base(archive).table.as_array().tolist() == expected.as_array().tolist()
+
+
 def test_plain_fits_and_progress(tmp_path):
     wcs = frame_wcs(RA, DEC, SHAPE)
     write_frame(tmp_path, gaussian(SHAPE, wcs, RA, DEC, 100.0, 1.5), wcs, 3000, 2, 40, "r", suffix=".fits")

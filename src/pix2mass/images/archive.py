@@ -76,7 +76,8 @@ class Folder:
 
     def frame_paths(self) -> list[str]:
         paths = (self.base / FRAMES_FOLDER).glob("*/*/frame-*.fits*")
-        return sorted(path.relative_to(self.base).as_posix() for path in paths)
+        # Downloads leave others beside them, such as .md5 and .part.
+        return sorted(path.relative_to(self.base).as_posix() for path in paths if FRAME_NAME.fullmatch(path.name))
 
     def local(self, path: str) -> Path | None:
         """Where a file lies on this machine, None where there is none."""

@@ -110,9 +110,10 @@ class FrameIndex:
         try:
             paths = archive.frame_paths()
             # A frame that lies there both ways is taken from the compressed file.
-            names = {m[0].removesuffix(".bz2"): m for path in paths if (m := FRAME_NAME.search(path))}
+            matches = ((FRAME_NAME.fullmatch(path.rsplit("/", 1)[-1]), path) for path in paths)
+            names = {match[0].removesuffix(".bz2"): (match, path) for match, path in matches if match}
             rows, failed = [], []
-            for done, (match, path) in enumerate((m, m.string) for m in names.values()):
+            for done, (match, path) in enumerate(names.values()):
                 band, run, camcol, number, suffix = match.groups()
                 field = Field(int(run), int(camcol), int(number))
                 place = {**field._asdict(), "band": band, "suffix": suffix}
