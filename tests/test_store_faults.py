@@ -36,6 +36,21 @@ def fail_writing(monkeypatch, part: str) -> None:
     monkeypatch.setattr(LocalStore, "set", full)
 
 
+@pytest.mark.parametrize("left", ["empty", "short", "zeros"])
+def test_what_a_power_cut_left_of_a_row_is_made_again(tmp_path, left):
+    catalog, source = toy_catalog(4, 1), ToySource(GRID)
+    source.fail_at = 3
+    with pytest.raises(RuntimeError):
+        build(catalog, source, tmp_path / "s.zarr", GRID)
+    row = tmp_path / "s.zarr" / "staging" / "1"
+    size = row.stat().st_size
+    row.write_bytes(bytes(size) if left == "zeros" else row.read_bytes()[: {"empty": 0, "short": 3000}[left]])
+    again = ToySource(GRID)
+    store = build(catalog, again, tmp_path / "s.zarr", GRID)
+    assert again.made == ["toy-1", "toy-3"]
+    assert store.checksum == build(catalog, ToySource(GRID), tmp_path / "whole.zarr", GRID).checksum
+
+
 @pytest.mark.parametrize("key", ["staging/7", "flux/zarr.json", "mask/zarr.json", "flags/zarr.json"])
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, key):
     catalog, source = toy_catalog(12, 1), ToySource(GRID)

@@ -82,6 +82,19 @@ class Place:
         """Whether there is an object of that key."""
         return sync(self._store.exists(key))
 
+    def holds(self, key: str, n_bytes: int, start: bytes) -> bool:
+        """Whether there is an object of that key and it is whole: of that size, with that start.
+
+        A power cut may leave a local file empty, short or full of zeros; other places hold whole objects or none.
+        """
+        if not isinstance(self.location, Path):
+            return self.exists(key)
+        try:
+            with (self.location / key).open("rb") as file:
+                return os.fstat(file.fileno()).st_size == n_bytes and file.read(len(start)) == start
+        except FileNotFoundError:
+            return False
+
     def read(self, key: str) -> bytes | None:
         """An object's bytes, None where there is none."""
         buffer = sync(self._store.get(key, default_buffer_prototype()))

@@ -37,6 +37,8 @@ class Staging:
         self._place = Place(location)
         self._grid = grid
         self._shape = (len(grid.bands), grid.n_pixels, grid.n_pixels)
+        pixel_bytes = sum(dtype.itemsize for dtype in IMAGE_DTYPES.values())
+        self._row_bytes = _RECORD_BYTES + int(np.prod(self._shape)) * pixel_bytes
 
     def put(self, row: int, cutout: Cutout, cluster_id: str, z: float, group: str = "") -> int:
         """Write one row. Once this returns, a kill does not lose it.
@@ -75,12 +77,13 @@ class Staging:
         return len(data)
 
     def rows(self) -> list[int]:
-        """Row numbers that are there, in order."""
-        return sorted(int(name) for name in self._place.names(FOLDER))
+        """Row numbers that are there, in order. What a power cut left of a row does not count: it is made again."""
+        rows = sorted(int(name) for name in self._place.names(FOLDER))
+        return [row for row in rows if self.has(row)] if isinstance(self._place.location, Path) else rows
 
     def has(self, row: int) -> bool:
-        """Whether a row is there."""
-        return self._place.exists(f"{FOLDER}/{row}")
+        """Whether a row is there, whole."""
+        return self._place.holds(f"{FOLDER}/{row}", self._row_bytes, b"{")
 
     def read(self, rows: Sequence[int]) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         """Records and images of some rows, the latter (n, n_bands, h, w).
