@@ -179,7 +179,7 @@ def test_progress_starts_the_count_of_attempts_anew(archive, remote, folder, mon
 
 def test_busy_servers_are_given_the_time_they_ask_for(archive, remote, folder, monkeypatch):
     waits = []
-    monkeypatch.setattr(http.time, "sleep", waits.append)
+    monkeypatch.setattr(archive._stopped, "wait", waits.append)
     remote.misdeeds[FRAME] = server.status(429, times=3, Retry_After=7)
     assert archive.read(FRAME) == (folder / FRAME).read_bytes()
     assert waits == [7.0, 7.0, 7.0]

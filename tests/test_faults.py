@@ -9,7 +9,9 @@ import errno
 import io
 import os
 import re
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,24 @@ def test_a_fault_is_flagged_or_survived_and_all_else_is_made(name, folder, index
             assert np.array_equal(getattr(store[row], part), getattr(healthy[row], part))
     if fault.flags == OK:
         assert store.checksum == healthy.checksum
+
+
+def test_closing_does_not_wait_for_more_attempts_at_a_silent_server(folder, index, tmp_path, monkeypatch):
+    monkeypatch.setattr(http, "TIMEOUT_S", 1.0)
+    with server.serve(folder) as remote:
+        remote.misdeeds[""] = server.hang(20.0)
+        archive = Http(remote.url, tmp_path / "cache")
+        source = FrameSource(archive, GRID, index)
+        pool = ThreadPoolExecutor(1)
+        made = pool.submit(source.cutout, dict(zip(CATALOG.colnames, CATALOG[0], strict=True)))
+        while not remote.asked:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        asked, start = len(remote.asked), time.monotonic()
+        source.close()
+        assert time.monotonic() - start < 2.5
+        assert isinstance(made.exception(), BaseException)
+        assert len(remote.asked) == asked, "no attempt is begun any more"
 
 
 def test_a_healthy_server_gives_the_same_bytes_as_the_folder(folder, index, healthy, tmp_path):

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import tempfile
-import time
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,6 +120,9 @@ class Folder:
         except OSError as error:
             raise BadFrame(str(error)) from None
 
+    def stop(self) -> None:
+        """Nothing to stop."""
+
     def close(self) -> None:
         pass
 
@@ -155,6 +158,7 @@ class Http:
         self._keep_frames = keep_frames
         self._connections = connections
         self._health = Health(self.base, self._client.alive)
+        self._stopped = threading.Event()
         self._temporary = None
         if cache is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="pix2mass-")
@@ -301,15 +305,20 @@ class Http:
                 return
             yield chunk
 
+    def stop(self) -> None:
+        """Begin nothing more: threads that read end with the attempt in hand, after one time limit at the latest."""
+        self._stopped.set()
+
     def close(self) -> None:
         """Close connections; a cache that nobody named goes."""
+        self.stop()
         self._client.close()
         if self._temporary is not None:
             self._temporary.cleanup()
 
     def _asking(self, path: str, action: Callable[[], T]) -> T:
         try:
-            result = http.retry(action, self.counts)
+            result = http.retry(action, self.counts, self._stopped)
         except (TryAgain, BadFrame) as error:
             self.counts.add(failed=1)
             raise self._health.failed(f"{self.base}/{path}", error) from None
@@ -378,7 +387,7 @@ class Http:
     @contextlib.contextmanager
     def _slot(self) -> Iterator[None]:
         """One of the few connections, shared by all processes that use the cache folder."""
-        while True:
+        while not self._stopped.is_set():
             for k in range(self._connections):
                 lock = FileLock(self.cache / "locks" / f"connection-{k}")
                 with contextlib.suppress(Timeout):
@@ -389,7 +398,8 @@ class Http:
                     finally:
                         lock.release()
                     return
-            time.sleep(0.02)
+            self._stopped.wait(0.02)
+        raise TryAgain("the archive is being closed")
 
     @contextlib.contextmanager
     def _disk(self, path: str) -> Iterator[None]:

@@ -134,6 +134,7 @@ class FrameSource:
 
     def close(self) -> None:
         """Drop the frames in memory and close connections."""
+        self._archive.stop()
         self._queue.close()
         self._archive.close()
 

@@ -110,22 +110,33 @@ class Counts:
         self.__init__(**{field.name: state[field.name] for field in fields(self)})
 
 
-def retry(action: Callable[[], T], counts: Counts) -> T:
+_NEVER = threading.Event()
+
+
+def retry(action: Callable[[], T], counts: Counts, stopped: threading.Event = _NEVER) -> T:
     """Call until it does not raise ``TryAgain``, with growing waits.
+
+    Args:
+        action: one attempt.
+        counts: gets the retries.
+        stopped: once it is set, waits end and no attempt is begun.
 
     Raises:
         TryAgain: all attempts failed; the last one's reason.
+        BadFrame: stopped.
     """
     failures = 0
     while True:
+        if stopped.is_set():
+            raise BadFrame("not fetched: the archive is being closed")
         try:
             return action()
         except TryAgain as error:
             failures = 1 if error.gained >= _PROGRESS_BYTES else failures + 1
-            if failures >= ATTEMPTS:
+            if failures >= ATTEMPTS and not stopped.is_set():
                 raise
             counts.add(retries=1)
-            time.sleep(min(max(WAIT_S * 2 ** (failures - 1), error.wait_s), LONGEST_WAIT_S))
+            stopped.wait(min(max(WAIT_S * 2 ** (failures - 1), error.wait_s), LONGEST_WAIT_S))
 
 
 class Health:
