@@ -40,13 +40,15 @@ accelerator = "cpu"
 [train]
 network = "{network}"
 folds = 2
-views = 1
-epochs = 40
-batch_size = 16
-accelerator = "cpu"
+{settings}
 [explain]
 n_clusters = 1
 steps = 2
+"""
+OF_BANDS = """views = 1
+epochs = 40
+batch_size = 16
+accelerator = "cpu"
 """
 
 
@@ -64,8 +66,10 @@ def write_images(catalog: QTable, folder) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("network", "units"), [("bands", "noise"), ("gaussian-process", "l-star")])
-def test_own_images_and_labels_from_catalogue_to_report(tmp_path, monkeypatch, capsys, network, units):
+@pytest.mark.parametrize(
+    ("network", "units", "settings"), [("bands", "noise", OF_BANDS), ("gaussian-process", "l-star", "")]
+)
+def test_own_images_and_labels_from_catalogue_to_report(tmp_path, monkeypatch, capsys, network, units, settings):
     labelled, unlabelled = toy_catalog(90, 1), toy_catalog(20, 2, "blank")
     (tmp_path / "images").mkdir()
     write_images(labelled, tmp_path / "images")
@@ -80,7 +84,7 @@ def test_own_images_and_labels_from_catalogue_to_report(tmp_path, monkeypatch, c
     labelled.remove_columns(["log10_m500c_true", "group"])
     labelled.write(tmp_path / "labelled.ecsv")
     unlabelled["id", "ra_deg", "dec_deg", "z"].write(tmp_path / "unlabelled.ecsv")
-    (tmp_path / "own.toml").write_text(CONFIG.format(folder=tmp_path, network=network, units=units))
+    (tmp_path / "own.toml").write_text(CONFIG.format(folder=tmp_path, network=network, units=units, settings=settings))
 
     monkeypatch.setattr("sys.argv", ["pix2mass", "run", str(tmp_path / "own.toml"), "--out", str(tmp_path / "run")])
     with warnings.catch_warnings(), pytest.raises(SystemExit) as stop:
