@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -122,6 +126,23 @@ def test_a_scheduler_elsewhere(tmp_path, cluster):
         many = build(catalog, Recorded(GRID, tmp_path / "log.txt"), tmp_path / "s.zarr", GRID, workers=workers)
     assert str(os.getpid()) not in (tmp_path / "log.txt").read_text()
     assert many.checksum == build(catalog, ToySource(GRID), tmp_path / "one.zarr", GRID).checksum
+
+
+def test_a_scheduler_that_goes_away_while_work_is_done():
+    words = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
+    scheduler = subprocess.Popen([*words, "--no-dashboard"], stderr=subprocess.PIPE, text=True)
+    try:
+        assert scheduler.stderr is not None
+        lines = iter(scheduler.stderr.readline, "")
+        address = next(found[0] for line in lines if (found := re.search(r"tcp://[\d.]+:\d+", line)))
+        with open_workers(1, address) as workers:
+            killer = threading.Timer(1.5, scheduler.kill)
+            killer.start()
+            with pytest.raises(Pix2massError, match="(?s)scheduler went away.*finished cutouts are safe: run the same"):
+                list(workers.map(itertools.repeat, 2, list(range(40))))  # without a worker nothing is ever done
+    finally:
+        scheduler.kill()
+        scheduler.wait()
 
 
 def test_no_scheduler_there(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from typing import Any, Self, TypeVar
 from uuid import uuid4
 
@@ -140,8 +141,9 @@ class Cluster:
                 f"the same task ended several workers, most likely for lack of memory: {error}; finished cutouts are "
                 "safe: use fewer workers per machine and run the same command again"
             ) from None
-        except OSError as error:
-            if client.status == "running":
+        except (OSError, CancelledError) as error:
+            # Only a scheduler that goes away cancels futures; the client may not have noticed yet.
+            if client.status == "running" and not isinstance(error, CancelledError):
                 raise
             raise Pix2massError(
                 f"the Dask scheduler went away ({error}); finished cutouts are safe: run the same command again"
