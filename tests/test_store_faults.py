@@ -36,6 +36,12 @@ def fail_writing(monkeypatch, part: str) -> None:
     monkeypatch.setattr(LocalStore, "set", full)
 
 
+def test_a_store_needs_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Pix2massError, match=r"^\.: expected a folder with a name of its own.*--out clusters.zarr"):
+        build(toy_catalog(4, 1), ToySource(GRID), ".", GRID)
+
+
 @pytest.mark.parametrize("left", ["empty", "short", "zeros"])
 def test_what_a_power_cut_left_of_a_row_is_made_again(tmp_path, left):
     catalog, source = toy_catalog(4, 1), ToySource(GRID)

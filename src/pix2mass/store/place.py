@@ -147,6 +147,11 @@ def _locked_folder(folder: Path) -> Iterator[None]:
     """A lock file beside a folder, held by the operating system, which lets go of it when its holder dies."""
     import fcntl
 
+    if not folder.name:
+        raise Pix2massError(
+            f"{folder}: expected a folder with a name of its own for the store, beside which its lock can lie; write "
+            "e.g. --out clusters.zarr"
+        )
     path = folder.with_name(folder.name + ".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
