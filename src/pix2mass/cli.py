@@ -301,6 +301,11 @@ def build(
     with open_workers(_cores(workers), scheduler) as pool:
         store = pipeline.build_store(table, source, grid, out or f"{catalog.stem}.zarr", pool, _progress)
     _print_store(store)
+    if unreadable := int((store.flags & Flag.UNREADABLE != 0).sum()):
+        print(
+            f"{unreadable} of them are flagged UNREADABLE: files that should cover them could not be read. To have "
+            f"them made again, mend or fetch those files, remove {store.path} and run the same command"
+        )
 
 
 @app.command(help_epilogue="Example: `pix2mass mock --out mock-survey --n-labelled 200 --n-unlabelled 200`")
