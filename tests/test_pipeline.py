@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+from _frames import frame_wcs, write_frame
 from _toy import ToySource, toy_catalog
 from astropy.io import fits
 from astropy.table import QTable
@@ -17,6 +18,7 @@ from astropy.wcs import WCS
 from pix2mass import cli, pipeline
 from pix2mass.config import BuildConfig, GridConfig, MockConfig, TrainConfig
 from pix2mass.distribute import InProcess
+from pix2mass.images.frame_index import FrameIndex
 from pix2mass.run import RunFolder
 from pix2mass.store import build
 from pix2mass.types import Pix2massError
@@ -130,6 +132,47 @@ def test_a_store_is_not_taken_for_one_of_files_that_have_changed(tmp_path):
         hdus.writeto(path, overwrite=True)
     with pytest.raises(Pix2massError, match="other clusters, positions, redshifts or images.*remove it"):
         builds(tmp_path, catalog)
+
+
+def test_a_store_is_not_taken_for_one_of_another_frame_index(tmp_path):
+    for field in (40, 41):
+        wcs = frame_wcs(200.0, 1.0, (60, 60))
+        write_frame(tmp_path, np.zeros((60, 60)), wcs, 3000, 2, field, "r")
+    index = FrameIndex.from_base(tmp_path)
+    config = BuildConfig(frames=str(tmp_path), frame_index=tmp_path / "index.ecsv")
+    grid = GridConfig(bands="r", width_kpc=None, width_arcsec=16.0, n_pixels=16)
+    catalog = QTable({"id": ["a"], "ra_deg": [200.0], "dec_deg": [1.0], "z": [0.2]})
+
+    def made():
+        return pipeline.build_store(catalog, config, grid, tmp_path / "s.zarr", InProcess(), silent)
+
+    index.to_file(tmp_path / "index.ecsv")
+    checksum = made().checksum
+    index.to_file(tmp_path / "index.ecsv")
+    assert made().checksum == checksum
+    FrameIndex(index.table[:1]).to_file(tmp_path / "index.ecsv")
+    with pytest.raises(Pix2massError, match="or one of files that have changed since; remove it"):
+        made()
+
+
+def test_build_says_how_unreadable_cutouts_are_made_again(tmp_path, monkeypatch, capsys):
+    (tmp_path / "images").mkdir()
+    catalog = toy_catalog(3, 1)
+    write_images(catalog, tmp_path / "images")
+    (tmp_path / "images" / "toy-1-r.fits").write_bytes(b"SIMPLE  = not quite")
+    catalog.write(tmp_path / "toy.ecsv")
+    words = ["build", tmp_path / "toy.ecsv", "--cutouts", f"{tmp_path}/images/{{id}}-{{band}}.fits", "--workers", "1"]
+    words += ["--bands", "gri", "--width-arcsec", "80", "--n-pixels", "16", "--out", tmp_path / "own.zarr"]
+    monkeypatch.setattr("sys.argv", ["pix2mass", *map(str, words)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):  # made now, and found there
+            with contextlib.suppress(SystemExit):
+                cli.main()
+            said = (
+                f"1 of them are flagged UNREADABLE.*made again.*remove {tmp_path / 'own.zarr'} and run the same command"
+            )
+            assert re.search(said, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("column", "change"), [("z", 0.02), ("dec_deg", 0.01)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -177,9 +178,14 @@ def build_store(
 
 
 def _files(config: BuildConfig, catalog: QTable, grid: GridConfig) -> dict[str, str]:
-    """Digest of the user's own cutouts, by name, size and time: one that is mended or added makes other images."""
+    """Digest of the user's own files: one that is mended or added makes other images.
+
+    Cutouts count by name, size and time, a frame index by its content.
+    """
     if config.cutouts is None:
-        return {}
+        if config.frame_index is None or not config.frame_index.is_file():
+            return {}
+        return {"files": hashlib.blake2b(config.frame_index.read_bytes(), digest_size=12).hexdigest()}
     paths = [cutout_path(config.cutouts, str(name), band) for name in catalog["id"] for band in grid.bands]
     found = [[str(path), *((s := path.stat()).st_size, s.st_mtime_ns)] for path in paths if path.is_file()]
     return {"files": digest(found)}
