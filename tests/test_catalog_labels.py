@@ -16,7 +16,7 @@ from _vizier import serve
 from astropy import units as u
 from astropy.table import QTable, Table, vstack
 
-from pix2mass.catalog import read_catalog
+from pix2mass.catalog import read_catalog, write_catalog
 from pix2mass.catalog.dust import deredden, reddening
 from pix2mass.catalog.labels import build, matching_radius_arcmin
 from pix2mass.catalog.registry import catalogue
@@ -332,6 +332,15 @@ def test_the_page_says_what_is_missing(tmp_path, built):
     (tmp_path / "catalog.json").write_text("{")
     with pytest.raises(Pix2massError, match="catalog.json: broken file"):
         write_catalog_report(tmp_path)
+
+
+def test_a_source_that_is_no_mathematics_is_drawn_as_it_stands(tmp_path, built):
+    for name in ("unlabelled.ecsv", "catalog.json"):
+        (tmp_path / name).write_bytes((built[0] / name).read_bytes())
+    labelled = read_catalog(built[0] / "labelled.ecsv")
+    labelled["label_source"] = r"my $\frac$ list"
+    write_catalog(labelled, tmp_path / "labelled.ecsv")
+    assert (write_catalog_report(tmp_path).read_text()).count("<img ") == 5
 
 
 def test_the_fit_on_the_page_finds_a_known_plane():

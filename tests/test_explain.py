@@ -22,7 +22,7 @@ from pix2mass.explain.files import file_name
 from pix2mass.images.grid import target_wcs
 from pix2mass.model import WholeImages, prepare
 from pix2mass.predict import Predictor
-from pix2mass.report import map_figure
+from pix2mass.report import map_figure, write_map_figure
 from pix2mass.run import RunFolder
 from pix2mass.store import build
 from pix2mass.train import pretrain, train
@@ -328,6 +328,13 @@ def test_the_figure_shows_every_map(trained):
     bare.pop("joint")
     with pytest.raises(Pix2massError, match="joint is missing"):
         map_figure(bare)
+
+
+def test_an_id_that_is_no_mathematics_is_drawn_as_it_stands(trained, tmp_path):
+    folder, store, catalog = trained
+    (path,) = explain(folder, store, [str(catalog["id"][9])], steps=2)
+    renamed = {**load(path), "id": r"A$\frac$3"}
+    assert write_map_figure(renamed, tmp_path / "map.png").stat().st_size > 0
 
 
 def test_ids_do_not_leave_the_folder_and_blank_cutouts_are_refused(trained):

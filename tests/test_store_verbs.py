@@ -114,5 +114,6 @@ def test_a_sheet_shows_light_gaps_and_flags(tmp_path):
     assert red / grey == pytest.approx(64 / (12 * 32), rel=0.1) and frame == 0
     red, grey_of_all, frame = count(Tile("nothing there", float("nan"), empty))
     assert red == 0 and grey_of_all > 2 * grey and frame > 500
+    assert write_contact_sheet([Tile(r"A$\frac$3", 0.2, one)], r"of $\no$.zarr", tmp_path / "sheet.png").exists()
     with pytest.raises(Pix2massError, match="nothing to draw"):
         write_contact_sheet([], "a title", tmp_path / "sheet.png")

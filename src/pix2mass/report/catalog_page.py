@@ -28,6 +28,7 @@ from pix2mass.report.drawing import (
     SKY,
     VERMILION,
     data_uri,
+    literal,
     numbers,
     page_template,
 )
@@ -129,7 +130,7 @@ class _Sources:
         handles = [
             Line2D([], [], ls="", marker=self.style(name)[1], color=self.style(name)[0], ms=5, label=label)
             for name in self.names
-            for label in [f"{name} ({int((self.of_row == name).sum())})"]
+            for label in [f"{literal(name)} ({int((self.of_row == name).sum())})"]
         ]
         ax.legend(handles=handles, fontsize=8.5, handletextpad=0.2, **options)
 
@@ -199,7 +200,8 @@ def _draw_offsets(ax: Axes, before: list[dict[str, Any]], after: list[dict[str, 
             elinewidth=1.4,
             label=label,
         )
-    ax.set_yticks(rows, [f"{one['first']} − {one['second']}\n{one['n']} clusters" for one in before], fontsize=8.5)
+    names = [f"{literal(one['first'])} − {literal(one['second'])}\n{one['n']} clusters" for one in before]
+    ax.set_yticks(rows, names, fontsize=8.5)
     ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel(r"median difference of $\log_{10} M_{500c}$ (dex)")
@@ -215,7 +217,7 @@ def _draw_errors(ax: Axes, labelled: QTable, sources: _Sources) -> None:
         known = error[(sources.of_row == name) & np.isfinite(error)]
         if len(known):
             colour = sources.style(name)[0]
-            label = f"{name} (median {np.median(known):.3f})"
+            label = f"{literal(name)} (median {np.median(known):.3f})"
             face = mpl.colors.to_rgba(colour, 0.25)  # type: ignore[attr-defined]
             ax.hist(
                 np.clip(known, None, edges[-1]), edges.tolist(), histtype="stepfilled", facecolor=face,

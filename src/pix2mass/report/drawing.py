@@ -48,6 +48,12 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def literal(text: str) -> str:
+    """Text for a figure, to be drawn as it stands: matplotlib takes what is between two dollar signs for mathematics,
+    and stops where it cannot read it."""
+    return text.replace("$", r"\$")
+
+
 def new_figure(width_in: float, height_in: float) -> tuple[Figure, Axes]:
     """An empty figure with one panel."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained")

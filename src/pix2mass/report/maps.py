@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pix2mass.report.cluster_map import ClusterMap, draw_composite, draw_signed, for_display, show
-from pix2mass.report.drawing import BLUE, MASS_LABEL, STYLE, VERMILION
+from pix2mass.report.drawing import BLUE, MASS_LABEL, STYLE, VERMILION, literal
 
 _DEX, _ODDS = "dex per pixel", "log odds per pixel"
 _COMPARED = {
@@ -71,7 +71,7 @@ def map_figure(maps: str | Path | Mapping[str, Any]) -> Figure:
                 ax.set_title(title)
             for ax in axes[len(compared) :]:
                 ax.axis("off")
-        title = f"{one.id}:  {MASS_LABEL} = {one.log10_m500c:.2f} ± {one.log10_m500c_err:.2f}"
+        title = f"{literal(one.id)}:  {MASS_LABEL} = {one.log10_m500c:.2f} ± {one.log10_m500c_err:.2f}"
         figure.suptitle(f"{title},  z = {one.z:.3f}" if np.isfinite(one.z) else title, fontsize=12)
     return figure
 

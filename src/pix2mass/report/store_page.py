@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from pix2mass.report.drawing import STYLE, VERMILION, composite
+from pix2mass.report.drawing import STYLE, VERMILION, composite, literal
 from pix2mass.types import Cutout, Pix2massError
 
 _COLUMNS = 6
@@ -56,7 +56,7 @@ def write_contact_sheet(tiles: Sequence[Tile], title: str, path: Path) -> Path:
         for ax, tile in zip(panels, tiles, strict=False):
             _draw(ax, tile)
         what = composite(tiles[0].cutout.flux, tiles[0].cutout.mask, tiles[0].cutout.bands)[1]
-        figure.suptitle(f"{title}\n{what}; grey: no pixels", fontsize=9)
+        figure.suptitle(f"{literal(title)}\n{what}; grey: no pixels", fontsize=9)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     return path
@@ -72,7 +72,7 @@ def _draw(ax: Axes, tile: Tile) -> None:
     wide = f"{width_arcsec / 60:.1f}′" if width_arcsec >= 100 else f"{width_arcsec:.0f}″"
     name = tile.id if len(tile.id) <= _NAME_LENGTH else tile.id[: _NAME_LENGTH - 1] + "…"
     redshift = f"z {tile.z:.3f}" if tile.z == tile.z else "no z"
-    ax.set_title(f"{name}\n{redshift}, {wide} wide", fontsize=6.5, pad=2)
+    ax.set_title(f"{literal(name)}\n{redshift}, {wide} wide", fontsize=6.5, pad=2)
     ax.spines[:].set_visible(True)
     if one.flags:
         ax.spines[:].set(color=VERMILION, linewidth=1.8)
